@@ -1,0 +1,51 @@
+"""fastdpo: exact, memory-bounded log-probabilities from hidden states, and DPO on top of them.
+
+Every name is imported when it is first used, so that `import fastdpo` stays cheap and a command's
+`--help` loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "linear_logprob": "fastdpo.ops.linear_logprob",
+    "linear_logprob_stats": "fastdpo.ops.linear_logprob",
+    "TokenStats": "fastdpo.ops.linear_logprob",
+    "logprob": "fastdpo.ops.logprob",
+    "sequence_logprob": "fastdpo.ops.sequence",
+    "PairLogps": "fastdpo.losses",
+    "PreferenceOutput": "fastdpo.losses",
+    "LOSSES": "fastdpo.losses",
+    "preference_loss": "fastdpo.losses",
+    "DPOLoss": "fastdpo.modules",
+    "FusedLinearDPOLoss": "fastdpo.modules",
+    "DPOConfig": "fastdpo.training.config",
+    "DPOTrainer": "fastdpo.training.trainer",
+    "DataCollatorForPreference": "fastdpo.data.collate",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from fastdpo.data.collate import DataCollatorForPreference
+    from fastdpo.losses import LOSSES, PairLogps, PreferenceOutput, preference_loss
+    from fastdpo.modules import DPOLoss, FusedLinearDPOLoss
+    from fastdpo.ops.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats
+    from fastdpo.ops.logprob import logprob
+    from fastdpo.ops.sequence import sequence_logprob
+    from fastdpo.training.config import DPOConfig
+    from fastdpo.training.trainer import DPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

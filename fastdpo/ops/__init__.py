@@ -1,0 +1,1 @@
+"""Log-probabilities of chosen tokens: from hidden states, from logits, and summed over sequences."""
