@@ -1,0 +1,82 @@
+"""Matrix products whose result is never rounded to the operands' dtype."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# the precision switches below are global to the process
+_SWITCH = threading.Lock()
+
+
+def widen(x: Tensor, compute: torch.dtype, acc: torch.dtype) -> Tensor:
+    """`x` as an operand of `mm_into`: rounded to `compute` (as autocast would), then, on a CPU, widened to `acc`.
+
+    A CPU product of bf16 operands has a bf16 result; bf16 numbers in fp32 have exact products.
+    """
+    x = x.to(compute)
+    return x.to(acc) if x.device.type == "cpu" else x
+
+
+def mm_into(out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, *, add: bool = False) -> Tensor:
+    """`out = a @ b`, or `out += a @ b` with `add`; out is fp32 (fp64 for fp64 operands), (n, m).
+
+    Args:
+        a, b: (n, k) and (k, m), from `widen` or a tile's work.
+        compute: the dtype that the operands were rounded to.
+    """
+    entering = out.dtype if a.device.type == "cpu" else compute
+    a, b = a.to(entering), b.to(entering)
+    if entering == out.dtype:
+        with _cpu_precision(compute) if a.device.type == "cpu" else _cuda_full_fp32():
+            return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    if add:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@cache
+def _has_bf16_units() -> bool:
+    """oneDNN can multiply fp32 operands in bf16 (exact here: they hold bf16 numbers) and it pays on this CPU."""
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    if switch is None or not hasattr(switch, "fp32_precision") or not torch.backends.mkldnn.is_available():
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+@contextmanager
+def _cpu_precision(compute: torch.dtype) -> Iterator[None]:
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    if switch is None or not hasattr(switch, "fp32_precision"):
+        yield
+        return
+    wanted = "bf16" if compute == torch.bfloat16 and _has_bf16_units() else "ieee"
+    with _SWITCH:
+        before = switch.fp32_precision
+        # "none" is full precision too; the switch is left alone then, for any other thread's sake
+        changes = before != wanted and not (wanted == "ieee" and before == "none")
+        if changes:
+            switch.fp32_precision = wanted
+        try:
+            yield
+        finally:
+            if changes:
+                switch.fp32_precision = before
+
+
+@contextmanager
+def _cuda_full_fp32() -> Iterator[None]:
+    """fp32 in means fp32: no TF32, whatever `set_float32_matmul_precision` says."""
+    switch = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(switch, "fp32_precision") else ("allow_tf32", False)
+    with _SWITCH:
+        before = getattr(switch, name)
+        setattr(switch, name, full)
+        try:
+            yield
+        finally:
+            setattr(switch, name, before)

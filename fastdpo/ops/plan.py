@@ -1,0 +1,206 @@
+"""Which path a call takes and how it is tiled: pure functions of shapes, dtypes and budgets.
+
+Letters: N scored tokens, H hidden size, V vocabulary. The path follows from what needs a gradient (FLOPs in
+units of NHV; one GEMM is 2):
+
+    stats      no gradient wanted                       forward 2
+    one_pass   hidden needs one, the head is frozen     forward 4, backward 0 (a row scale)
+    kept       the head is trained, exp tile is kept    forward 4, backward 2
+    recompute  the head is trained, it is not kept      forward 4, backward 4
+
+(forward 2 instead of 4 where hidden needs no gradient; + 2 where the entropy's gradient is wanted.) The tile
+depends on shapes, dtypes and the budget only, never on the path: the reference pass folds the same tiles in the
+same order as the policy's, so equal inputs give equal bits.
+"""
+
+import os
+from dataclasses import dataclass
+
+MIB = 1 << 20
+MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
+MAX_COLS = 8192
+MAX_COLS_CPU = 4096  # 1024 x 4096 fp32 stays in a 16 MiB share of the last-level cache
+COL_QUANTUM = 128
+
+
+def workspace_bytes() -> int:
+    """The workspace budget: FASTDPO_WORKSPACE_MB (default 64) in bytes."""
+    return _megabytes("FASTDPO_WORKSPACE_MB", 64)
+
+
+def keep_bytes() -> int:
+    """The budget for a kept exp tile: FASTDPO_KEEP_MB (default 1024) in bytes; 0 never keeps."""
+    return _megabytes("FASTDPO_KEEP_MB", 1024)
+
+
+def _megabytes(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        value = int(text) if text else default
+    except ValueError:
+        value = -1
+    if value < 0 or (value == 0 and name == "FASTDPO_WORKSPACE_MB"):
+        raise ValueError(f"{name} must be a whole number of MiB, got {text!r}; unset it for {default}.")
+    return value * MIB
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the caller will differentiate."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    entropy: bool = False  # the entropy's own gradient, in addition to the log-prob's
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+    @property
+    def directions(self) -> int:
+        """Accumulators of gradient directions per token: d logp / dh, and d entropy / dh."""
+        return 0 if not self.hidden else 2 if self.entropy else 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and bytes per element of one call.
+
+    Attributes:
+        n, h, v: scored tokens, hidden size, vocabulary.
+        source_rows: rows of `hidden` (its gradient's rows); n where tokens and rows coincide.
+        compute: bytes of the dtype in which the operands enter the GEMMs.
+        acc: bytes of the accumulators (4, or 8 for float64).
+        hidden, weight: bytes per element of the arguments themselves.
+        on_cpu: the GEMMs take accumulator-typed copies of the operands (a CPU product has no fp32 output for
+            bf16 operands).
+        extra_tiles: tiles beside the logits': one for the exponentials where the entropy is asked for, one for
+            the softcap's slope (torch only).
+    """
+
+    n: int
+    h: int
+    v: int
+    source_rows: int
+    compute: int
+    acc: int
+    hidden: int
+    weight: int
+    on_cpu: bool
+    extra_tiles: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The path, its tile, and what it will cost."""
+
+    path: str  # "stats" | "one_pass" | "kept" | "recompute"
+    rows: int  # rows of a tile; blocks are balanced, so the last one is at most as long
+    cols: int
+    flops: int  # of the GEMMs, forward and backward
+    workspace: int  # bytes, freed when forward (or backward) returns
+    peak_bytes: int  # above the arguments, over forward and backward, results and gradients included
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: tiles of {self.rows} x {self.cols}, {self.flops / 1e12:.3f} TFLOP, "
+            f"peak {self.peak_bytes / MIB:.1f} MiB above the arguments"
+        )
+
+
+def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: int | None = None) -> Plan:
+    """Chooses path and tile for a call and predicts its peak bytes and FLOPs.
+
+    Args:
+        shape, needs: sizes, and which gradients are wanted.
+        workspace, keep: budgets in bytes; by default those of the environment.
+    """
+    workspace = workspace_bytes() if workspace is None else workspace
+    keep = keep_bytes() if keep is None else keep
+    rows, cols = tile(shape, workspace)
+    kept_size = shape.n * shape.v * shape.compute + shape.n * _cdiv(shape.v, cols) * shape.acc
+    if not needs.head:
+        path = "one_pass" if needs.hidden else "stats"
+    elif kept_size <= keep and not needs.entropy:
+        path = "kept"
+    else:
+        path = "recompute"
+
+    gemm = 2 * shape.n * shape.h * shape.v
+    flops = gemm * (1 + needs.directions)
+    if path == "kept":
+        flops += gemm * needs.weight
+    elif path == "recompute":
+        flops += gemm * (1 + needs.weight)
+
+    forward = forward_workspace(shape, rows, cols, needs.directions)
+    scale = 2 * rows * shape.h * shape.acc if needs.hidden else 0  # a block of scaled directions
+    backward = max(scale, backward_workspace(shape, rows, cols) if needs.head else 0)
+    # results, what is saved of size N, and compacted labels and rows
+    vectors = shape.n * (16 * shape.acc + 4 * 8)
+    saved = needs.directions * shape.n * shape.h * shape.compute + (kept_size if path == "kept" else 0)
+    scattered = shape.n if shape.source_rows != shape.n else 0
+    gradients = needs.hidden * shape.hidden * shape.h * (shape.source_rows + scattered)
+    gradients += needs.weight * shape.v * shape.h * shape.weight + needs.bias * shape.v * shape.weight
+    peak = vectors + saved + max(forward, gradients + backward)
+    return Plan(path, rows, cols, flops, max(forward, backward), peak)
+
+
+def tile(shape: Shape, workspace: int) -> tuple[int, int]:
+    """(rows, cols) of a tile whose workspace fits the budget: balanced row blocks, wide columns."""
+    n, v = max(shape.n, 1), max(shape.v, 1)
+    per_row = 3 * shape.h * shape.acc  # accumulator, gathered target rows, widened hidden rows
+    most = max(16, min(MAX_ROWS, workspace // 2 // per_row))
+    rows = _cdiv(n, _cdiv(n, most))
+    cap = MAX_COLS_CPU if shape.on_cpu else MAX_COLS
+    fixed = forward_workspace(shape, rows, 0, 1)
+    per_col = max(
+        forward_workspace(shape, rows, 1, 1) - fixed,
+        backward_workspace(shape, rows, 1) - backward_workspace(shape, rows, 0),
+    )
+    cols = min(cap, (workspace - fixed) // per_col) // COL_QUANTUM * COL_QUANTUM
+    return rows, min(v, max(COL_QUANTUM, cols))
+
+
+def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> int:
+    """Bytes of a forward tile, its operands' copies and the accumulators."""
+    size = rows * cols * shape.acc * (1 + shape.extra_tiles)
+    if shape.on_cpu:
+        size += _copies(shape) * (rows + cols) * shape.h * shape.acc
+    elif shape.compute != shape.acc:
+        size += rows * cols * shape.compute  # the exponentials in the operands' dtype
+    size += _casts(shape, rows, cols)
+    size += directions * rows * shape.h * shape.acc
+    if directions:
+        # the target's row of W: as stored, rounded, widened
+        size += rows * shape.h * (shape.acc + shape.weight + shape.compute)
+    return size + rows * 24 * shape.acc
+
+
+def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
+    """Bytes of a backward tile, its operands' copies and one vocabulary block of dW."""
+    size = rows * cols * shape.acc * (1 + shape.extra_tiles) + cols * shape.h * shape.acc
+    if shape.on_cpu:
+        size += _copies(shape) * (rows + cols) * shape.h * shape.acc
+    elif shape.compute != shape.acc:
+        size += rows * cols * shape.compute
+    return size + _casts(shape, rows, cols) + rows * 24 * shape.acc + cols * 2 * shape.acc
+
+
+def _copies(shape: Shape) -> int:
+    return int(shape.compute != shape.acc or shape.hidden != shape.acc or shape.weight != shape.acc)
+
+
+def _casts(shape: Shape, rows: int, cols: int) -> int:
+    """Gathered hidden rows, and operands rounded to the compute dtype first (autocast over fp32 weights)."""
+    size = rows * shape.h * shape.hidden if shape.source_rows != shape.n else 0
+    if shape.hidden != shape.compute:
+        size += rows * shape.h * shape.compute
+    if shape.weight != shape.compute:
+        size += cols * shape.h * shape.compute
+    return size
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,460 @@
+"""Per-token log-probs and their gradients, tile by tile: the algorithm, with the tile work in plain torch.
+
+For a block of rows and each block c of vocabulary columns, y being the row's target:
+
+    z  = (h @ W_c^T + b_c) * logit_scale;  softcap;  / temperature        accumulator precision, never rounded
+    m' = max(m, max of z over v != y);  e = exp(z - m'), e_y = 0           the target stays out
+    s  = s exp(m - m') + sum e
+    A  = A exp(m - m') + (e * dz/dlogit) @ W_c                             only where hidden needs a gradient
+
+and at the end of a row, with d = (m + log s) - z_y:
+
+    logp = -softplus(d),   1 - p_y = sigmoid(d) = q,   d logp / dh = q * (dz/dlogit_y W[y] - A / s)
+
+No cancellation for confident tokens: `direction` = (...) and q are saved apart. The entropy follows from
+T = sum e (z - m); its gradient needs a second accumulator B = sum e (z - m) dz/dlogit W.
+
+A `TileOps` is what touches a tile: `TorchTiles` here, `fastdpo.kernels.fold.TritonTiles` on a GPU. The loops,
+the GEMMs and everything of size N are shared.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.gemm import mm_into, widen
+from fastdpo.ops.plan import Needs, Plan
+
+# masks a column: finite, so that 0 * (z - m) stays 0 and no inf - inf can arise
+NEG = -1.0e38
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a logit is made from a product, and which statistics of its row are wanted."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    stats: frozenset[str] = frozenset()
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by before the softcap (or, without one, in all)."""
+        return self.logit_scale if self.softcap else self.logit_scale / self.temperature
+
+    @property
+    def slope(self) -> float:
+        """dz/dlogit where the softcap is flat, i.e. its constant factor."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def cap(self) -> float:
+        """The bound of |z|: softcap / temperature; 0 without a softcap."""
+        return self.softcap / self.temperature if self.softcap else 0.0
+
+
+@dataclass
+class RowState:
+    """Running numbers of a block of rows, each (n,), in accumulator precision."""
+
+    m: Tensor  # maximum over v != y
+    s: Tensor  # sum over v != y of exp(z - m)
+    zy: Tensor  # the target's z
+    t: Tensor | None  # sum of e (z - m), for the entropy
+    sq: Tensor | None  # sum of e^2
+    zsum: Tensor | None  # sum of z over all v, for the mean logit under a softcap
+    ratio: Tensor  # exp(m before - m after) of the last tile
+    drop: Tensor  # m before - m after of the last tile
+
+    @staticmethod
+    def empty(n: int, acc: torch.dtype, device: torch.device, stats: frozenset[str]) -> "RowState":
+        def zeros() -> Tensor:
+            return torch.zeros(n, dtype=acc, device=device)
+
+        return RowState(
+            m=torch.full((n,), NEG, dtype=acc, device=device),
+            s=zeros(),
+            zy=zeros(),
+            t=zeros() if "entropy" in stats else None,
+            sq=zeros() if "log_sum_sq_probs" in stats else None,
+            zsum=zeros() if "mean_logit" in stats else None,
+            ratio=zeros(),
+            drop=zeros(),
+        )
+
+
+class TileOps(Protocol):
+    """The work on one (n, c) tile of products. `local` (n,) is the target's column in the tile, or outside it."""
+
+    def e_dtype(self, compute: torch.dtype, acc: torch.dtype) -> torch.dtype:
+        """The dtype of `e` below; where it is the accumulators', e may be z itself."""
+        ...
+
+    def fold(
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, state: RowState, how: Logits, write: bool
+    ) -> None:
+        """Folds a tile into `state`. With `write`, leaves exp(z - m) * dz/dlogit / slope in e and, where the entropy
+        is wanted, its product with z - m in z; without, their contents are undefined."""
+        ...
+
+    def dlogits(
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: "RowGradient", how: Logits
+    ) -> None:
+        """Turns a tile of products z into d loss / d product, in e."""
+        ...
+
+    def dlogits_kept(self, kept: Tensor, e: Tensor, local: Tensor, scale: Tensor, target: Tensor) -> None:
+        """e = kept * scale[:, None], and target (n,) at the target's column."""
+        ...
+
+
+@dataclass
+class RowGradient:
+    """What turns a recomputed tile of a block of rows into gradients, each (n,)."""
+
+    m: Tensor  # the row's maximum over v != y
+    others: Tensor  # d loss / dz_v = others * exp(z_v - m) for v != y
+    target: Tensor  # d loss / dz_y
+    entropy: Tensor | None = None  # -(d loss / d entropy) q / s
+    offset: Tensor | None = None  # log p_v + entropy = (z_v - m) + offset
+
+
+class TorchTiles:
+    """Tile work in plain torch: the CPU path, and any device without Triton."""
+
+    def e_dtype(self, compute: torch.dtype, acc: torch.dtype) -> torch.dtype:
+        return acc
+
+    def fold(
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, state: RowState, how: Logits, write: bool
+    ) -> None:
+        _logits_(z, bias, how)
+        inside, at = _where(local, z.shape[1])
+        z_at = z.gather(1, at)
+        torch.where(inside, z_at[:, 0], state.zy, out=state.zy)
+        if state.zsum is not None:
+            state.zsum.add_(z.sum(1))
+        z.scatter_(1, at, torch.where(inside[:, None], NEG, z_at))
+        curve = _curve(z.clone(), how) if how.softcap else None
+        top = torch.maximum(state.m, z.amax(1))
+        # a block that holds only the target has no maximum: any base gives e = 0 there
+        base = torch.where(top > NEG / 2, top, 0.0)
+        torch.sub(state.m, base, out=state.drop)
+        torch.exp(state.drop, out=state.ratio)
+        z.sub_(base[:, None])
+        torch.exp(z, out=e)
+        if state.t is not None:
+            # -inf - base stays -inf (a bias of -inf): make 0 * -inf a zero
+            z.clamp_(min=NEG).mul_(e)
+            state.t.add_(state.s * state.drop).mul_(state.ratio).add_(z.sum(1))
+        state.s.mul_(state.ratio).add_(e.sum(1))
+        if state.sq is not None:
+            state.sq.mul_(state.ratio).mul_(state.ratio).add_(torch.linalg.vecdot(e, e))
+        state.m.copy_(top)
+        if curve is not None:
+            e.mul_(curve)
+            if state.t is not None:
+                z.mul_(curve)
+
+    def dlogits(
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, how: Logits
+    ) -> None:
+        _logits_(z, bias, how)
+        inside, at = _where(local, z.shape[1])
+        curve = _curve(z.clone(), how) if how.softcap else None
+        z.sub_(row.m[:, None])
+        if row.entropy is None:
+            torch.exp(z, out=e)
+            e.mul_(row.others[:, None])
+        else:
+            assert row.offset is not None
+            torch.exp(z, out=e)
+            z.clamp_(min=NEG).add_(row.offset[:, None]).mul_(row.entropy[:, None]).add_(row.others[:, None])
+            e.mul_(z)
+        e.scatter_(1, at, torch.where(inside[:, None], row.target[:, None], e.gather(1, at)))
+        if curve is not None:
+            e.mul_(curve)
+        if how.slope != 1.0:
+            e.mul_(how.slope)
+
+    def dlogits_kept(self, kept: Tensor, e: Tensor, local: Tensor, scale: Tensor, target: Tensor) -> None:
+        torch.mul(kept, scale[:, None], out=e)
+        inside, at = _where(local, e.shape[1])
+        e.scatter_(1, at, torch.where(inside[:, None], target[:, None], e.gather(1, at)))
+
+
+def _logits_(z: Tensor, bias: Tensor | None, how: Logits) -> None:
+    if bias is not None:
+        z.add_(bias)
+    if how.softcap:
+        z.mul_(how.scale / how.softcap).tanh_().mul_(how.cap)
+    elif how.scale != 1.0:
+        z.mul_(how.scale)
+
+
+def _curve(z: Tensor, how: Logits) -> Tensor:
+    """dz/dlogit / slope = 1 - tanh^2, from z, in place."""
+    return z.div_(how.cap).square_().neg_().add_(1.0).clamp_(min=0.0)
+
+
+def _where(local: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    return (local >= 0) & (local < columns), local.clamp(0, columns - 1)[:, None]
+
+
+@dataclass
+class Saved:
+    """What forward leaves for backward, besides the arguments."""
+
+    q: Tensor  # (N,) 1 - p_y
+    direction: Tensor | None = None  # (N, H) d logp / dh / q, in the compute dtype
+    entropy_direction: Tensor | None = None  # (N, H) d entropy / dh / q
+    m: Tensor | None = None  # (N,)
+    s: Tensor | None = None  # (N,)
+    zy: Tensor | None = None  # (N,) kept with a softcap only: the target's slope
+    entropy: Tensor | None = None  # (N,)
+    kept: Tensor | None = None  # (N, V) exp(z - base), in the compute dtype
+    bases: Tensor | None = None  # (blocks, N) the base of each kept column block
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The arguments that are not the hidden states: weight (V, H), bias (V,), and the dtypes of the work."""
+
+    weight: Tensor
+    bias: Tensor | None
+    compute: torch.dtype
+    acc: torch.dtype
+
+    def block(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        weight = widen(self.weight[columns], self.compute, self.acc)
+        return weight, None if self.bias is None else self.bias[columns].to(self.acc)
+
+
+def take_rows(hidden: Tensor, rows: Tensor | None, block: slice, head: Head) -> Tensor:
+    chosen = hidden[block] if rows is None else hidden.index_select(0, rows[block])
+    return widen(chosen, head.compute, head.acc)
+
+
+def forward(
+    tiles: TileOps, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, how: Logits, plan: Plan, needs: Needs
+) -> tuple[dict[str, Tensor], Saved]:
+    """Log-probs and statistics, each (N,) in accumulator precision, and what backward needs.
+
+    Args:
+        hidden: (R, H); labels: (N,) int64 in [0, V), or negative where the row is to be 0; rows: (N,) or None.
+    """
+    n, h, v = len(labels), hidden.shape[1], len(head.weight)
+    device, acc = hidden.device, head.acc
+    whole = RowState.empty(n, acc, device, how.stats)
+    z_space = torch.empty((plan.rows, plan.cols), dtype=acc, device=device)
+    e_dtype = tiles.e_dtype(head.compute, acc)
+    same = e_dtype == acc and "entropy" not in how.stats
+    e_space = z_space if same else torch.empty_like(z_space, dtype=e_dtype)
+    directions = [torch.empty((n, h), dtype=head.compute, device=device) for _ in range(needs.directions)]
+    sums = [torch.empty((plan.rows, h), dtype=acc, device=device) for _ in range(needs.directions)]
+    kept = bases = None
+    if plan.path == "kept":
+        kept = torch.empty((n, v), dtype=head.compute, device=device)
+        bases = torch.empty((-(-v // plan.cols), n), dtype=acc, device=device)
+
+    for block in blocks(n, plan.rows):
+        size = block.stop - block.start
+        operand = take_rows(hidden, rows, block, head)
+        state = RowState(**{k: x if x is None else x[block] for k, x in vars(whole).items()})
+        label = labels[block]
+        for index, columns in enumerate(blocks(v, plan.cols)):
+            width = columns.stop - columns.start
+            weight, bias = head.block(columns)
+            z, e = z_space[:size, :width], e_space[:size, :width]
+            mm_into(z, operand, weight.t(), head.compute)
+            tiles.fold(z, e, label - columns.start, bias, state, how, write=plan.path != "stats")
+            if kept is not None and bases is not None:
+                kept[block, columns] = e
+                bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
+            if directions:
+                _accumulate(sums, size, index == 0, e, z, weight, state, head)
+        if directions:
+            _finish_directions(directions, sums, block, size, state, label, head, how)
+
+    results = _finish(whole, how, v)
+    q = results.pop("q")
+    saved = Saved(q, *directions)
+    if plan.path in ("kept", "recompute"):
+        saved.m, saved.s = whole.m, whole.s
+        saved.zy = whole.zy if how.softcap else None
+        saved.kept, saved.bases = kept, bases
+        saved.entropy = results.get("entropy") if needs.entropy else None
+    return results, saved
+
+
+def _accumulate(
+    sums: list[Tensor], size: int, first: bool, e: Tensor, z: Tensor, weight: Tensor, state: RowState, head: Head
+) -> None:
+    a = sums[0][:size]
+    if len(sums) > 1:
+        b = sums[1][:size]
+        if not first:
+            b.addcmul_(a, state.drop[:, None]).mul_(state.ratio[:, None])
+        mm_into(b, z, weight, head.compute, add=not first)
+    if not first:
+        a.mul_(state.ratio[:, None])
+    mm_into(a, e, weight, head.compute, add=not first)
+
+
+def _finish_directions(
+    directions: list[Tensor],
+    sums: list[Tensor],
+    block: slice,
+    size: int,
+    state: RowState,
+    label: Tensor,
+    head: Head,
+    how: Logits,
+) -> None:
+    # no column but the target's: A is 0, and so is the gradient
+    s = torch.where(state.s > 0, state.s, 1.0)
+    target = head.weight.index_select(0, label.clamp(min=0)).to(head.compute).to(head.acc)
+    if how.softcap:
+        target.mul_(_curve(state.zy.clone(), how)[:, None])
+    a = sums[0][:size]
+    if len(sums) > 1:
+        # d ent / dh = -q [(B - E A) / s + p_y (z_y - E_rest) W_y], z relative to m, E the mean of z over all v and
+        # E_rest over v != y; z_y - E = q (z_y - E_rest) took q out of the target's term
+        assert state.t is not None
+        b, rest = sums[1][:size], state.t / s
+        gap = torch.where(state.s > 0, state.zy - state.m, 0.0) - rest
+        p = torch.sigmoid(state.zy - state.m - s.log())
+        b.addcmul_(a, (rest + p * gap)[:, None], value=-1).div_(s[:, None])
+        b.addcmul_(target, (p * gap)[:, None]).mul_(-how.slope)
+        directions[1][block] = b
+    a.div_(s[:, None]).sub_(target).mul_(-how.slope)
+    directions[0][block] = a
+
+
+def _finish(state: RowState, how: Logits, columns: int) -> dict[str, Tensor]:
+    log_s = state.s.log()
+    d = (state.m - state.zy) + log_s
+    up, down = softplus(d), softplus(-d)
+    out = {"logprob": -up, "q": torch.exp(-down)}
+    if "lse" in how.stats:
+        out["lse"] = state.zy + up
+    if "is_top1" in how.stats:
+        out["is_top1"] = state.zy >= state.m
+    s = torch.where(state.s > 0, state.s, 1.0)
+    if state.t is not None:
+        # H = p_y (-log p_y) + q (entropy of the others + -log q); 0 * inf is 0
+        certain = torch.where(up > 0, torch.exp(-up) * up, 0.0).nan_to_num(nan=0.0)
+        others = torch.where(state.s > 0, out["q"] * (s.log() - state.t / s + down), 0.0)
+        out["entropy"] = certain + others.nan_to_num(nan=0.0)
+    if state.sq is not None:
+        out["log_sum_sq_probs"] = torch.logaddexp(-2 * up, -2 * down + state.sq.log() - 2 * s.log())
+    if state.zsum is not None:
+        out["mean_logit"] = state.zsum / columns
+    return out
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) to full relative precision (torch's own switches to x at 20)."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def backward_head(
+    tiles: TileOps,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    rows: Tensor | None,
+    how: Logits,
+    plan: Plan,
+    needs: Needs,
+    saved: Saved,
+    upstream: Tensor,
+    upstream_entropy: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """d loss / d weight (V, H) and d bias (V,) in the weight's dtype, each vocabulary block written once."""
+    assert saved.m is not None
+    assert saved.s is not None
+    n, h, v = len(labels), hidden.shape[1], len(head.weight)
+    device, acc = hidden.device, head.acc
+    row = _row_gradient(saved, upstream, upstream_entropy)
+    dw = torch.empty_like(head.weight) if needs.weight else None
+    db = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
+    e_dtype = tiles.e_dtype(head.compute, acc)
+    e_space = torch.empty((plan.rows, plan.cols), dtype=e_dtype, device=device)
+    recompute = saved.kept is None
+    same = e_dtype == acc and row.entropy is None
+    z_space = e_space if same or not recompute else torch.empty_like(e_space, dtype=acc)
+    dw_space = torch.empty((plan.cols, h), dtype=acc, device=device)
+
+    for index, columns in enumerate(blocks(v, plan.cols)):
+        width = columns.stop - columns.start
+        weight, bias = head.block(columns) if recompute else (None, None)
+        sums = dw_space[:width]
+        bias_sums = torch.zeros(width, dtype=acc, device=device) if db is not None else None
+        for block in blocks(n, plan.rows):
+            size = block.stop - block.start
+            e, label = e_space[:size, :width], labels[block] - columns.start
+            part = RowGradient(**{k: x if x is None else x[block] for k, x in vars(row).items()})
+            operand = take_rows(hidden, rows, block, head)
+            if weight is not None:
+                z = z_space[:size, :width]
+                mm_into(z, operand, weight.t(), head.compute)
+                tiles.dlogits(z, e, label, bias, part, how)
+            else:
+                assert saved.kept is not None
+                assert saved.bases is not None
+                # kept is relative to its block's maximum, and so at most 1: the rescale cannot overflow
+                scale = torch.exp(saved.bases[index, block] - part.m) * part.others * how.slope
+                target = part.target * how.slope
+                if saved.zy is not None:
+                    target = target * _curve(saved.zy[block].clone(), how)
+                tiles.dlogits_kept(saved.kept[block, columns], e, label, scale, target)
+            if dw is not None:
+                mm_into(sums, e.t(), operand, head.compute, add=block.start > 0)
+            if bias_sums is not None:
+                bias_sums += e.sum(0, dtype=acc)
+        if dw is not None:
+            dw[columns] = sums if n else 0
+        if db is not None:
+            db[columns] = bias_sums
+    return dw, db
+
+
+def _row_gradient(saved: Saved, upstream: Tensor, upstream_entropy: Tensor | None) -> RowGradient:
+    assert saved.m is not None
+    assert saved.s is not None
+    some = saved.s > 0
+    s = torch.where(some, saved.s, 1.0)
+    m = torch.where(saved.m > NEG / 2, saved.m, 0.0)
+    rest = saved.q / s
+    row = RowGradient(m, -upstream * rest, upstream * saved.q)
+    if upstream_entropy is not None:
+        # d ent / dz_v = -p_v (log p_v + ent); log p_v = (z_v - m) + log(q / s), and for the target log(1 - q)
+        assert saved.entropy is not None
+        row.entropy = -upstream_entropy * rest
+        row.offset = torch.where(some, saved.q.log() - s.log() + saved.entropy, 0.0)
+        log_p = torch.log1p(-saved.q)
+        term = torch.where(saved.q < 1, (1 - saved.q) * (log_p + saved.entropy), 0.0)
+        row.target = row.target - upstream_entropy * term
+    return row
+
+
+def scatter_rows(grad: Tensor, rows: Tensor | None, total: int, unique: bool) -> Tensor:
+    """(total, H): sums grad's rows (N, H) into their source rows, in a fixed order."""
+    if rows is None:
+        return grad
+    out = grad.new_zeros((total, grad.shape[1]))
+    if unique:
+        return out.index_copy_(0, rows, grad)
+    if grad.device.type == "cpu":
+        return out.index_add_(0, rows, grad)  # sequential on a CPU
+    return out.index_put_((rows,), grad, accumulate=True)  # sorts first: no atomics
