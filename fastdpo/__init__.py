@@ -26,7 +26,23 @@ _HOME = {
     "DataCollatorForPreference": "fastdpo.data.collate",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "__version__",
+    "linear_logprob",
+    "linear_logprob_stats",
+    "TokenStats",
+    "logprob",
+    "sequence_logprob",
+    "PairLogps",
+    "PreferenceOutput",
+    "LOSSES",
+    "preference_loss",
+    "DPOLoss",
+    "FusedLinearDPOLoss",
+    "DPOConfig",
+    "DPOTrainer",
+    "DataCollatorForPreference",
+]
 
 if TYPE_CHECKING:
     from fastdpo.data.collate import DataCollatorForPreference

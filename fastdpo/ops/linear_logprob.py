@@ -4,7 +4,6 @@
 check their arguments, choose path and tile (`fastdpo.ops.plan`), and run tile by tile (`fastdpo.ops.tiled`).
 """
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +14,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdpo.ops import reference, tiled
+from fastdpo.ops.arguments import check_arguments
 from fastdpo.ops.backend import choose_backend, logger
 from fastdpo.ops.plan import Needs, Plan, Shape, make_plan
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TokenStats(NamedTuple):
@@ -124,7 +123,18 @@ def linear_logprob_stats(
     if unknown:
         raise ValueError(f"stats: unknown name {unknown[0]!r}; choose from {', '.join(STATS)}.")
     call = _Call.of(
-        hidden, weight, labels, bias, rows, temperature, logit_scale, softcap, ignore_index, shift, stats, entropy_grad
+        hidden,
+        weight,
+        labels,
+        bias,
+        rows,
+        temperature,
+        logit_scale,
+        softcap,
+        ignore_index,
+        shift,
+        stats,
+        entropy_grad,
     )
     found = call.run(hidden, weight, bias)
     return TokenStats(**{name: call.spread(x, labels) for name, x in found.items()})
@@ -178,7 +188,9 @@ class _Call:
         stats: Collection[str],
         entropy_grad: bool,
     ) -> "_Call":
-        compute = _check(hidden, weight, labels, bias, rows, temperature, logit_scale, softcap, ignore_index, shift)
+        compute = check_arguments(
+            hidden, weight, labels, bias, rows, temperature, logit_scale, softcap, ignore_index, shift
+        )
         acc = torch.promote_types(compute, torch.float32)
         grad = torch.is_grad_enabled()
         needs = Needs(
@@ -252,11 +264,10 @@ class _Call:
         return found.view(labels.shape)
 
     def _eager(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        widened = [x if x is None else x.to(self.compute) for x in (hidden, weight, bias)]
         z = reference.logits(
-            widened[0],
-            widened[1],
-            widened[2],
+            hidden.to(self.compute),
+            weight.to(self.compute),
+            bias,
             temperature=self.how.temperature,
             logit_scale=self.how.logit_scale,
             softcap=self.how.softcap,
@@ -271,32 +282,38 @@ class _Call:
         return {"logprob": reference.logprob(z, labels), **out}
 
     def _mean_logit(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Without a softcap the mean over v needs no tile: it is h @ mean(W) + mean(b)."""
         with torch.no_grad():
-            column = _mean_column(weight.detach(), self.acc, weight if not weight.requires_grad else None)
-            rows = hidden if self.rows is None else hidden.index_select(0, self.rows)
-            mean = torch.mv(rows.to(self.acc), column)
+            column = _mean_column(weight, self)
+            mean = column.new_empty(len(self.labels))
+            head = tiled.Head(weight, bias, self.compute, self.acc)
+            for block in tiled.blocks(len(mean), self.plan.rows):
+                mean[block] = tiled.take_rows(hidden, self.rows, block, head).to(self.acc) @ column
             if bias is not None:
-                mean = mean + bias.to(self.acc).mean()
-            return mean * self.how.slope
+                mean += bias.to(self.acc).mean()
+            return mean.mul_(self.how.slope)
 
 
-# the mean of a frozen head's rows, with the version of the weight that it was taken from
+# the mean row of a frozen head, with the version of the weight that it was taken from
 _MEANS = WeakTensorKeyDictionary()
 
 
-def _mean_column(weight: Tensor, acc: torch.dtype, frozen: Tensor | None) -> Tensor:
-    if frozen is None:
-        return weight.mean(0, dtype=acc)
-    entry = _MEANS.get(frozen)
-    if entry is None or entry[0] != frozen._version or entry[1].dtype != acc:
-        entry = (frozen._version, weight.mean(0, dtype=acc))
-        _MEANS[frozen] = entry
-    return entry[1]
+def _mean_column(weight: Tensor, call: _Call) -> Tensor:
+    entry = _MEANS.get(weight)
+    if entry is not None and entry[0] == (weight._version, call.compute):
+        return entry[1]
+    total = torch.zeros(weight.shape[1], dtype=call.acc, device=weight.device)
+    for block in tiled.blocks(len(weight), call.plan.cols):
+        total += weight[block].to(call.compute).to(call.acc).sum(0)
+    mean = total.div_(len(weight))
+    if not weight.requires_grad:
+        _MEANS[weight] = ((weight._version, call.compute), mean)
+    return mean
 
 
 def _tiles(backend: str) -> tiled.TileOps:
     if backend == "triton":
-        from fastdpo.kernels.fold import TritonTiles
+        from fastdpo.ops.triton_tiles import TritonTiles
 
         return TritonTiles()
     return tiled.TorchTiles()
@@ -345,7 +362,17 @@ class _LinearLogprob(torch.autograd.Function):
         if call.needs.head:
             head = tiled.Head(weight, bias, call.compute, call.acc)
             d_weight, d_bias = tiled.backward_head(
-                _tiles(call.backend), hidden, head, labels, rows, call.how, call.plan, call.needs, saved, up, up_entropy
+                _tiles(call.backend),
+                hidden,
+                head,
+                labels,
+                rows,
+                call.how,
+                call.plan,
+                call.needs,
+                saved,
+                up,
+                up_entropy,
             )
         return d_hidden, d_weight, d_bias, None, None
 
@@ -362,85 +389,3 @@ def _scaled_directions(
             part.addcmul_(saved.entropy_direction[block].to(part.dtype), (saved.q[block] * up_entropy[block])[:, None])
         out[block] = part
     return out
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    shift: bool,
-) -> torch.dtype:
-    """The dtype in which the operands enter the products; raises for anything that cannot be meant."""
-    what = "linear_logprob"
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{what}: weight must be (V, {hidden.shape[-1] if hidden.dim() else 'H'}) to match hidden "
-            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}."
-        )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{what}: weight has no rows, got {tuple(weight.shape)}; a vocabulary has at least one token.")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{what}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
-                f"{'; dequantize the head first' if name == 'weight' else ''}."
-            )
-    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias), ("rows", rows)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{what}: {name} is on {tensor.device} and hidden on {hidden.device}; move one of them.")
-    for name, tensor in (("labels", labels), ("rows", rows)):
-        if tensor is not None and tensor.dtype != torch.int64:
-            raise TypeError(f"{what}: {name} must be int64, got {tensor.dtype}; call .long() on it.")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{what}: bias must be ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}.")
-    if rows is None and labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{what}: labels must be {tuple(hidden.shape[:-1])} to match hidden {tuple(hidden.shape)}, "
-            f"got {tuple(labels.shape)}; pass `rows` where they do not line up."
-        )
-    if rows is not None and (labels.dim() != 1 or rows.shape != labels.shape):
-        raise ValueError(
-            f"{what}: with rows, labels and rows must both be (M,), got {tuple(labels.shape)} and {tuple(rows.shape)}."
-        )
-    if rows is not None and shift:
-        raise ValueError(f"{what}: shift=True and rows exclude each other; rows already say which state predicts what.")
-    if shift and labels.dim() < 1:
-        raise ValueError(f"{what}: shift=True needs labels with a token dimension, got a scalar.")
-    if not temperature > 0:
-        raise ValueError(f"{what}: temperature must be > 0, got {temperature}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{what}: softcap must be > 0 or None, got {softcap}.")
-    _check_ranges(what, hidden, weight, labels, rows, ignore_index)
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(hidden.device.type)
-    if hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"{what}: hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or call under torch.autocast."
-        )
-    return hidden.dtype
-
-
-def _check_ranges(
-    what: str, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
-) -> None:
-    # reading values of a CUDA tensor waits for the device: only on request
-    if labels.numel() == 0 or not (labels.device.type == "cpu" or os.environ.get("FASTDPO_CHECK") == "1"):
-        return
-    bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
-    if bool(bad.any()):
-        value = int(labels[bad][0])
-        raise ValueError(
-            f"{what}: label {value} is outside the vocabulary [0, {weight.shape[0]}) and is not "
-            f"ignore_index={ignore_index}."
-        )
-    total = hidden.shape[:-1].numel()
-    if rows is not None and not (0 <= int(rows.min()) and int(rows.max()) < total):
-        raise ValueError(
-            f"{what}: rows must be in [0, {total}), got values from {int(rows.min())} to {int(rows.max())}."
-        )

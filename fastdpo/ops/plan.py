@@ -167,7 +167,7 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> in
     """Bytes of a forward tile, its operands' copies and the accumulators."""
     size = rows * cols * shape.acc * (1 + shape.extra_tiles)
     if shape.on_cpu:
-        size += _copies(shape) * (rows + cols) * shape.h * shape.acc
+        size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + rows * shape.h * 2)  # + oneDNN's own
     elif shape.compute != shape.acc:
         size += rows * cols * shape.compute  # the exponentials in the operands' dtype
     size += _casts(shape, rows, cols)
@@ -183,6 +183,8 @@ def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
     size = rows * cols * shape.acc * (1 + shape.extra_tiles) + cols * shape.h * shape.acc
     if shape.on_cpu:
         size += _copies(shape) * (rows + cols) * shape.h * shape.acc
+        # oneDNN's own bf16 copies of the operands of tile^T @ hidden
+        size += _copies(shape) * rows * (cols * 2 + shape.h * 4)
     elif shape.compute != shape.acc:
         size += rows * cols * shape.compute
     return size + _casts(shape, rows, cols) + rows * 24 * shape.acc + cols * 2 * shape.acc

@@ -1,8 +1,79 @@
-"""Stop-gap."""
+"""From per-token log-probs to per-sequence sums and means."""
+
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from fastdpo.ops.backend import choose_backend
+from fastdpo.ops.linear_logprob import linear_logprob
 
 
-def segment_sum(values, offsets):
-    lengths = offsets.diff()
-    ids = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-    return values.new_zeros(len(lengths)).index_add(0, ids, values)
+def sequence_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    average: bool = False,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Tensor:
+    """log p(sequence) of each row: the sum (or mean) of its scored tokens' log-probs, in nats.
+
+    Args:
+        hidden: (S, T, H); weight: (V, H); labels: (S, T) int64, `ignore_index` where not scored.
+        average: divide by the number of scored tokens; an empty sequence gives 0 either way.
+        options: those of `linear_logprob` (bias, temperature, logit_scale, softcap, shift).
+
+    Returns:
+        (S,), float32 (float64 for float64 operands).
+    """
+    if labels.dim() < 1:
+        raise ValueError("sequence_logprob: labels must be (..., T), got a scalar.")
+    if "rows" in options:
+        raise ValueError("sequence_logprob: rows has no sequences; use linear_logprob and segment_sum with offsets.")
+    tokens = linear_logprob(hidden, weight, labels, ignore_index=ignore_index, **options)
+    scored = labels != ignore_index
+    if options.get("shift"):
+        scored = scored[..., 1:]
+    length = tokens.shape[-1]
+    offsets = torch.arange(0, tokens.numel() + 1, max(length, 1), device=tokens.device)
+    sums = segment_sum(tokens.reshape(-1), offsets).view(labels.shape[:-1]) if length else tokens.sum(-1)
+    return sums / scored.sum(-1).clamp(min=1) if average else sums
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """out[i] = sum of values[offsets[i] : offsets[i + 1]], in an order that depends on nothing else.
+
+    Args:
+        values: (M,) float32 or float64; offsets: (S + 1,) int64, ascending from 0 to M.
+
+    Returns:
+        (S,), 0 for an empty segment; differentiable.
+    """
+    if values.dim() != 1 or offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype != torch.int64:
+        raise ValueError(
+            f"segment_sum: values must be (M,) and offsets (S + 1,) int64, got {tuple(values.shape)} and "
+            f"{tuple(offsets.shape)} {offsets.dtype}."
+        )
+    return _SegmentSum.apply(values, offsets)
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.length = len(values)
+        if choose_backend(values.device, values.dtype) == "triton":
+            from fastdpo.kernels.segments import segment_sum_fwd
+
+            out = values.new_empty(len(offsets) - 1, dtype=torch.float32)
+            segment_sum_fwd(values.float().contiguous(), offsets, out)
+            return out.to(values.dtype)
+        return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (offsets,) = ctx.saved_tensors
+        # the size is known: nothing waits for the device
+        return torch.repeat_interleave(upstream, offsets.diff(), output_size=ctx.length), None

@@ -14,8 +14,8 @@ and at the end of a row, with d = (m + log s) - z_y:
 No cancellation for confident tokens: `direction` = (...) and q are saved apart. The entropy follows from
 T = sum e (z - m); its gradient needs a second accumulator B = sum e (z - m) dz/dlogit W.
 
-A `TileOps` is what touches a tile: `TorchTiles` here, `fastdpo.kernels.fold.TritonTiles` on a GPU. The loops,
-the GEMMs and everything of size N are shared.
+A `TileOps` is what touches a tile: `TorchTiles` here, `TritonTiles` (triton_tiles.py) on a GPU. The loops, the
+GEMMs and everything of size N are shared.
 """
 
 from collections.abc import Iterator
@@ -70,6 +70,10 @@ class RowState:
     ratio: Tensor  # exp(m before - m after) of the last tile
     drop: Tensor  # m before - m after of the last tile
 
+    def part(self, block: slice) -> "RowState":
+        """A view of some rows."""
+        return RowState(**{name: x if x is None else x[block] for name, x in vars(self).items()})  # pyright: ignore[reportArgumentType]
+
     @staticmethod
     def empty(n: int, acc: torch.dtype, device: torch.device, stats: frozenset[str]) -> "RowState":
         def zeros() -> Tensor:
@@ -95,7 +99,14 @@ class TileOps(Protocol):
         ...
 
     def fold(
-        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, state: RowState, how: Logits, write: bool
+        self,
+        z: Tensor,
+        e: Tensor,
+        local: Tensor,
+        bias: Tensor | None,
+        state: RowState,
+        how: Logits,
+        write: bool,
     ) -> None:
         """Folds a tile into `state`. With `write`, leaves exp(z - m) * dz/dlogit / slope in e and, where the entropy
         is wanted, its product with z - m in z; without, their contents are undefined."""
@@ -122,6 +133,10 @@ class RowGradient:
     entropy: Tensor | None = None  # -(d loss / d entropy) q / s
     offset: Tensor | None = None  # log p_v + entropy = (z_v - m) + offset
 
+    def part(self, block: slice) -> "RowGradient":
+        """A view of some rows."""
+        return RowGradient(**{name: x if x is None else x[block] for name, x in vars(self).items()})  # pyright: ignore[reportArgumentType]
+
 
 class TorchTiles:
     """Tile work in plain torch: the CPU path, and any device without Triton."""
@@ -130,7 +145,14 @@ class TorchTiles:
         return acc
 
     def fold(
-        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, state: RowState, how: Logits, write: bool
+        self,
+        z: Tensor,
+        e: Tensor,
+        local: Tensor,
+        bias: Tensor | None,
+        state: RowState,
+        how: Logits,
+        write: bool,
     ) -> None:
         _logits_(z, bias, how)
         inside, at = _where(local, z.shape[1])
@@ -160,9 +182,7 @@ class TorchTiles:
             if state.t is not None:
                 z.mul_(curve)
 
-    def dlogits(
-        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, how: Logits
-    ) -> None:
+    def dlogits(self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, how: Logits) -> None:
         _logits_(z, bias, how)
         inside, at = _where(local, z.shape[1])
         curve = _curve(z.clone(), how) if how.softcap else None
@@ -245,7 +265,14 @@ def take_rows(hidden: Tensor, rows: Tensor | None, block: slice, head: Head) -> 
 
 
 def forward(
-    tiles: TileOps, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, how: Logits, plan: Plan, needs: Needs
+    tiles: TileOps,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    rows: Tensor | None,
+    how: Logits,
+    plan: Plan,
+    needs: Needs,
 ) -> tuple[dict[str, Tensor], Saved]:
     """Log-probs and statistics, each (N,) in accumulator precision, and what backward needs.
 
@@ -269,7 +296,7 @@ def forward(
     for block in blocks(n, plan.rows):
         size = block.stop - block.start
         operand = take_rows(hidden, rows, block, head)
-        state = RowState(**{k: x if x is None else x[block] for k, x in vars(whole).items()})
+        state = whole.part(block)
         label = labels[block]
         for index, columns in enumerate(blocks(v, plan.cols)):
             width = columns.stop - columns.start
@@ -282,8 +309,10 @@ def forward(
                 bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
             if directions:
                 _accumulate(sums, size, index == 0, e, z, weight, state, head)
+            del weight, bias  # before the next block's copies are made
         if directions:
             _finish_directions(directions, sums, block, size, state, label, head, how)
+        del operand
 
     results = _finish(whole, how, v)
     q = results.pop("q")
@@ -297,7 +326,14 @@ def forward(
 
 
 def _accumulate(
-    sums: list[Tensor], size: int, first: bool, e: Tensor, z: Tensor, weight: Tensor, state: RowState, head: Head
+    sums: list[Tensor],
+    size: int,
+    first: bool,
+    e: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    state: RowState,
+    head: Head,
 ) -> None:
     a = sums[0][:size]
     if len(sums) > 1:
@@ -403,7 +439,7 @@ def backward_head(
         for block in blocks(n, plan.rows):
             size = block.stop - block.start
             e, label = e_space[:size, :width], labels[block] - columns.start
-            part = RowGradient(**{k: x if x is None else x[block] for k, x in vars(row).items()})
+            part = row.part(block)
             operand = take_rows(hidden, rows, block, head)
             if weight is not None:
                 z = z_space[:size, :width]
@@ -422,10 +458,12 @@ def backward_head(
                 mm_into(sums, e.t(), operand, head.compute, add=block.start > 0)
             if bias_sums is not None:
                 bias_sums += e.sum(0, dtype=acc)
+            del operand
         if dw is not None:
             dw[columns] = sums if n else 0
-        if db is not None:
+        if db is not None and bias_sums is not None:
             db[columns] = bias_sums
+        del weight, bias
     return dw, db
 
 

@@ -1,0 +1,90 @@
+"""Checks of the op's arguments at the door: one sentence with what came, what was wanted and the fix."""
+
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    shift: bool,
+) -> torch.dtype:
+    """The dtype in which the operands enter the products; raises for anything that cannot be meant."""
+    what = "linear_logprob"
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{what}: weight must be (V, {hidden.shape[-1] if hidden.dim() else 'H'}) to match hidden "
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}."
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{what}: weight has no rows, got {tuple(weight.shape)}; a vocabulary has at least one token.")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{what}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+                f"{'; dequantize the head first' if name == 'weight' else ''}."
+            )
+    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias), ("rows", rows)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{what}: {name} is on {tensor.device} and hidden on {hidden.device}; move one of them.")
+    for name, tensor in (("labels", labels), ("rows", rows)):
+        if tensor is not None and tensor.dtype != torch.int64:
+            raise TypeError(f"{what}: {name} must be int64, got {tensor.dtype}; call .long() on it.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{what}: bias must be ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}.")
+    if rows is None and labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{what}: labels must be {tuple(hidden.shape[:-1])} to match hidden {tuple(hidden.shape)}, "
+            f"got {tuple(labels.shape)}; pass `rows` where they do not line up."
+        )
+    if rows is not None and (labels.dim() != 1 or rows.shape != labels.shape):
+        raise ValueError(
+            f"{what}: with rows, labels and rows must both be (M,), got {tuple(labels.shape)} and {tuple(rows.shape)}."
+        )
+    if rows is not None and shift:
+        raise ValueError(f"{what}: shift=True and rows exclude each other; rows already say which state predicts what.")
+    if shift and labels.dim() < 1:
+        raise ValueError(f"{what}: shift=True needs labels with a token dimension, got a scalar.")
+    if not temperature > 0:
+        raise ValueError(f"{what}: temperature must be > 0, got {temperature}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{what}: softcap must be > 0 or None, got {softcap}.")
+    _check_ranges(what, hidden, weight, labels, rows, ignore_index)
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(hidden.device.type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{what}: hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or call under torch.autocast."
+        )
+    return hidden.dtype
+
+
+def _check_ranges(
+    what: str, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
+) -> None:
+    # reading values of a CUDA tensor waits for the device: only on request
+    if labels.numel() == 0 or not (labels.device.type == "cpu" or os.environ.get("FASTDPO_CHECK") == "1"):
+        return
+    bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
+    if bool(bad.any()):
+        value = int(labels[bad][0])
+        raise ValueError(
+            f"{what}: label {value} is outside the vocabulary [0, {weight.shape[0]}) and is not "
+            f"ignore_index={ignore_index}."
+        )
+    total = hidden.shape[:-1].numel()
+    if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < total):
+        raise ValueError(
+            f"{what}: rows must be in [0, {total}), got values from {int(rows.min())} to {int(rows.max())}."
+        )

@@ -1,0 +1,113 @@
+"""Log-probabilities of chosen tokens from logits, for code that already has them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdpo.ops import reference
+from fastdpo.ops.arguments import DTYPES
+from fastdpo.ops.backend import choose_backend
+from fastdpo.ops.plan import workspace_bytes
+from fastdpo.ops.tiled import NEG, blocks, softplus
+
+
+def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> Tensor:
+    """`log_softmax(logits / temperature)[label]`, in nats, without a second (N, V) tensor in the forward.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64.
+        labels: (...), int64, aligned with logits; `ignore_index` gives 0 and no gradient.
+
+    Returns:
+        float32 (float64 for float64 logits), the shape of labels. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape or device, or (on a CPU) a label outside [0, V).
+    """
+    if logits.dim() < 1 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"logprob: labels must be {tuple(logits.shape[:-1])} to match logits {tuple(logits.shape)}, "
+            f"got {tuple(labels.shape)}."
+        )
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logprob: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"logprob: labels must be int64, got {labels.dtype}; call .long() on it.")
+    if labels.device != logits.device:
+        raise ValueError(f"logprob: labels are on {labels.device} and logits on {logits.device}; move one of them.")
+    if not temperature > 0:
+        raise ValueError(f"logprob: temperature must be > 0, got {temperature}.")
+    v = logits.shape[-1]
+    scored = labels != ignore_index
+    if labels.device.type == "cpu":
+        bad = ((labels < 0) | (labels >= v)) & scored
+        if bool(bad.any()):
+            raise ValueError(
+                f"logprob: label {int(labels[bad][0])} is outside the vocabulary [0, {v}) and is not "
+                f"ignore_index={ignore_index}."
+            )
+    backend = choose_backend(logits.device, logits.dtype)
+    if backend == "reference":
+        return reference.logprob(logits, labels, temperature=temperature, ignore_index=ignore_index)
+    flat = logits.reshape(-1, v)
+    picked = labels.where(scored, -1).reshape(-1)
+    with torch.autocast(logits.device.type, enabled=False):
+        found = _Logprob.apply(flat, picked, 1.0 / temperature, backend == "triton")
+    return found.view(labels.shape)
+
+
+class _Logprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> Tensor:
+        acc = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+        d = torch.empty(len(logits), dtype=acc, device=logits.device)
+        zy = torch.empty_like(d)
+        if triton:
+            from fastdpo.kernels.logprob import logprob_fwd
+
+            logprob_fwd(logits, labels, inv_t, d, zy)
+        else:
+            _fold_logits(logits, labels, inv_t, d, zy)
+        up = softplus(d)
+        scored = labels >= 0
+        ctx.save_for_backward(logits, labels, zy + up, torch.sigmoid(d).where(scored, 0.0))
+        ctx.inv_t, ctx.triton = inv_t, triton
+        return (-up).where(scored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, labels, lse, q = ctx.saved_tensors
+        up = (upstream.to(lse.dtype) * ctx.inv_t).where(labels >= 0, 0.0)
+        dx = torch.empty_like(logits)
+        if ctx.triton:
+            from fastdpo.kernels.logprob import logprob_bwd
+
+            logprob_bwd(logits, dx, labels, lse, -up, up * q, ctx.inv_t)
+            return dx, None, None, None
+        at = labels.clamp(min=0)[:, None]
+        for block in _row_blocks(logits, lse.dtype):
+            p = logits[block].to(lse.dtype).mul(ctx.inv_t).sub_(lse[block, None]).exp_().mul_(-up[block, None])
+            dx[block] = p.scatter_(1, at[block], (up * q)[block, None])
+        return dx, None, None, None
+
+
+def _fold_logits(logits: Tensor, labels: Tensor, inv_t: float, d: Tensor, zy: Tensor) -> None:
+    at = labels.clamp(min=0)[:, None]
+    for block in _row_blocks(logits, d.dtype):
+        z = logits[block].to(d.dtype, copy=True).mul_(inv_t)
+        target = z.gather(1, at[block])
+        z.scatter_(1, at[block], NEG)
+        top = z.amax(1, keepdim=True)
+        base = top.where(top > NEG / 2, 0.0)
+        total = z.sub_(base).exp_().sum(1, keepdim=True)
+        d[block] = ((top - target) + total.log())[:, 0]
+        zy[block] = target[:, 0]
+
+
+def _row_blocks(logits: Tensor, acc: torch.dtype) -> "list[slice]":
+    per_row = 2 * logits.shape[1] * acc.itemsize
+    return list(blocks(len(logits), max(1, workspace_bytes() // max(1, per_row))))

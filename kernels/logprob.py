@@ -1,0 +1,101 @@
+"""log_softmax(logits / T)[label] from logits that already exist, and its gradient.
+
+Forward: one read of (N, V), online maximum and sum over v != y; writes logp and lse, (N,) fp32.
+Backward: one read and one write; d = (onehot - p) * upstream / T, with 1 - p_y from logp (no cancellation).
+One program per row (forward), per row and column block (backward).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NEG = tl.constexpr(-1.0e38)
+
+
+@triton.jit(do_not_specialize=["V"])
+def _logprob_fwd_kernel(
+    x_ptr,  # (N, V) logits
+    label_ptr,  # (N,) int64, negative: ignored
+    d_ptr,  # (N,) fp32 out: log sum_{v != y} exp(z_v) - z_y
+    zy_ptr,  # (N,) fp32 out
+    V,
+    stride_x,
+    inv_t,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full((BLOCK,), NEG, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    zy = tl.zeros((BLOCK,), tl.float32)
+    if label >= 0:
+        for start in range(0, V, BLOCK):
+            cols = start + lanes
+            z = tl.load(x_ptr + row * stride_x + cols, mask=cols < V, other=0.0).to(tl.float32) * inv_t
+            zy += tl.where(cols == label, z, 0.0)
+            z = tl.where((cols == label) | (cols >= V), NEG, z)
+            m_new = tl.maximum(m, z)
+            # a lane that has seen only masked columns has no maximum yet; its sum stays 0
+            base = tl.where(m_new > 0.5 * NEG, m_new, 0.0)
+            s = s * tl.exp(m - base) + tl.exp(z - base)
+            m = m_new
+    top = tl.max(m, 0)
+    base = tl.where(top > 0.5 * NEG, top, 0.0)
+    total = tl.sum(s * tl.exp(m - base), 0)
+    z_target = tl.sum(zy, 0)
+    tl.store(d_ptr + row, (top - z_target) + tl.log(total))
+    tl.store(zy_ptr + row, z_target)
+
+
+@triton.jit(do_not_specialize=["V"])
+def _logprob_bwd_kernel(
+    x_ptr,  # (N, V) logits
+    dx_ptr,  # (N, V) out
+    label_ptr,  # (N,) int64
+    lse_ptr,  # (N,) fp32
+    others_ptr,  # (N,) fp32: -upstream / T
+    target_ptr,  # (N,) fp32: upstream * (1 - p_y) / T
+    V,
+    stride_x,
+    stride_dx,
+    inv_t,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    label = tl.load(label_ptr + row)
+    z = tl.load(x_ptr + row * stride_x + cols, mask=cols < V, other=0.0).to(tl.float32) * inv_t
+    p = tl.exp(z - tl.load(lse_ptr + row))
+    d = tl.where(cols == label, tl.load(target_ptr + row), p * tl.load(others_ptr + row))
+    d = tl.where(label >= 0, d, 0.0)
+    tl.store(dx_ptr + row * stride_dx + cols, d.to(dx_ptr.dtype.element_ty), mask=cols < V)
+
+
+def logprob_fwd(logits: Tensor, labels: Tensor, inv_t: float, d: Tensor, zy: Tensor) -> None:
+    """Writes d = log sum_{v != y} exp(z_v) - z_y and z_y, (N,) fp32, of logits (N, V); last stride must be 1."""
+    n, v = logits.shape
+    block = min(4096, 1 << (v - 1).bit_length())
+    _logprob_fwd_kernel[(n,)](logits, labels, d, zy, v, logits.stride(0), inv_t, BLOCK=block, num_warps=8)
+
+
+def logprob_bwd(
+    logits: Tensor, dx: Tensor, labels: Tensor, lse: Tensor, others: Tensor, target: Tensor, inv_t: float
+) -> None:
+    """dx (N, V) = exp(z - lse) * others off the target, `target` at it, 0 in rows with a negative label."""
+    n, v = logits.shape
+    block = min(4096, 1 << (v - 1).bit_length())
+    _logprob_bwd_kernel[(n, triton.cdiv(v, block))](
+        logits,
+        dx,
+        labels,
+        lse,
+        others,
+        target,
+        v,
+        logits.stride(0),
+        dx.stride(0),
+        inv_t,
+        BLOCK=block,
+        num_warps=8,
+    )

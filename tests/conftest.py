@@ -1,0 +1,82 @@
+"""Shared fixtures. Triton's interpreter is switched on before anything imports a kernel, where no GPU is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real preference pairs and a real tokenizer, beside the checkout."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        if os.environ.get("FASTDPO_REQUIRE_DATA") == "1":
+            pytest.fail(f"FASTDPO_REQUIRE_DATA=1 and {folder} is absent")
+        pytest.skip(f"real preference data is absent: {folder}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _repair_interpreter() -> None:
+    """Triton's interpreter truncates casts to bf16 and multiplies bf16 bit patterns; do both as hardware does."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(bits: np.ndarray) -> np.ndarray:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def round_to_bf16(x: np.ndarray) -> np.ndarray:
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+    def as_float(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(widen(handle.data), tl.float32)
+
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def create_dot(self, a, b, d, *rest):
+        return dot(self, as_float(a), as_float(b), d, *rest)
+
+    def cast_impl(self, source, wanted):
+        have, want = source.dtype.scalar, wanted.scalar
+        if have == want:
+            return cast(self, source, wanted)
+        if want == tl.bfloat16:
+            return interpreter.TensorHandle(round_to_bf16(source.data.astype(np.float32)), tl.bfloat16)
+        return as_float(source) if have == tl.bfloat16 and want == tl.float32 else cast(self, as_float(source), wanted)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _repair_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN: an output that nothing wrote shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(x: torch.Tensor) -> torch.Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))

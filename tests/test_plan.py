@@ -1,0 +1,128 @@
+"""The plan: which path, which tile, and that its predictions hold for what really runs."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdpo.ops.linear_logprob import linear_logprob, linear_logprob_plan, linear_logprob_stats
+from fastdpo.ops.plan import MIB, Needs, Shape, make_plan, tile
+
+
+def shape(n: int = 4096, h: int = 2048, v: int = 128256, **change) -> Shape:
+    base = {"compute": 2, "acc": 4, "hidden": 2, "weight": 2, "on_cpu": False}
+    return Shape(n=n, h=h, v=v, source_rows=n, **{**base, **change})
+
+
+def test_path_follows_from_what_needs_a_gradient():
+    s = shape()
+    nhv = s.n * s.h * s.v
+    for needs, keep, path, flops in (
+        (Needs(), 0, "stats", 2),
+        (Needs(hidden=True), 0, "one_pass", 4),
+        (Needs(hidden=True, entropy=True), 0, "one_pass", 6),
+        (Needs(hidden=True, weight=True), 2048 * MIB, "kept", 6),
+        (Needs(hidden=True, weight=True), 64 * MIB, "recompute", 8),
+        (Needs(weight=True), 2048 * MIB, "kept", 4),
+        (Needs(hidden=True, bias=True), 64 * MIB, "recompute", 6),
+    ):
+        plan = make_plan(s, needs, 64 * MIB, keep)
+        assert (plan.path, plan.flops) == (path, flops * nhv)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1024, 1025, 4100, 16384, 70000])
+@pytest.mark.parametrize("h", [64, 896, 4096, 16384])
+@pytest.mark.parametrize("v", [1, 50257, 151936, 256000])
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_tile_fits_the_budget_and_has_no_tiny_tail(n, h, v, on_cpu):
+    s = shape(n, h, v, on_cpu=on_cpu)
+    rows, cols = tile(s, 64 * MIB)
+    plan = make_plan(s, Needs(hidden=True, weight=True), 64 * MIB, 0)
+    assert 1 <= rows <= n
+    assert 1 <= cols <= v
+    least = 8 * 16 * h * 4 + 128 * h * 8  # a minimal tile may not fit a tiny budget
+    assert plan.workspace <= max(64 * MIB, least)
+    blocks = -(-n // rows)
+    assert n - (blocks - 1) * rows >= rows - blocks, "row blocks are balanced"
+
+
+def test_tile_does_not_depend_on_the_path():
+    s = shape()
+    kinds = (Needs(), Needs(hidden=True), Needs(hidden=True, weight=True, bias=True))
+    assert len({(p.rows, p.cols) for needs in kinds for p in [make_plan(s, needs, 64 * MIB, 0)]}) == 1
+
+
+def test_a_small_call_takes_a_small_workspace():
+    assert make_plan(shape(n=8, h=64, v=1000), Needs(hidden=True), 64 * MIB).workspace < MIB
+
+
+def peak_of(run) -> int:
+    """Peak bytes of torch's CPU allocator above the start, from its own allocation events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = peak = 0
+    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    ("needs", "keep", "options"),
+    [
+        ((0, 0, 0), "0", {}),
+        ((0, 0, 0), "0", {"stats": ("entropy", "is_top1", "mean_logit", "lse")}),
+        ((1, 0, 0), "0", {}),
+        ((1, 0, 0), "0", {"softcap": 20.0}),
+        ((1, 1, 0), "0", {}),
+        ((1, 1, 1), "1024", {}),
+        ((0, 1, 1), "1024", {"softcap": 20.0}),
+        ((1, 1, 0), "0", {"stats": ("entropy", "is_top1", "mean_logit", "lse")}),
+    ],
+    ids=["stats", "all_stats", "frozen", "softcap", "recompute", "kept", "kept_softcap", "recompute_all_stats"],
+)
+def test_peak_and_flops_are_as_predicted(dtype, needs, keep, options, monkeypatch):
+    monkeypatch.undo()  # poisoned torch.empty would be seen as work, not as memory; keep torch as it is
+    monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
+    monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "4")
+    monkeypatch.setenv("FASTDPO_BACKEND", "tiled")
+    n, h, v = 700, 128, 6000
+    hidden, weight, bias = torch.randn(n, h, dtype=dtype), torch.randn(v, h, dtype=dtype), torch.randn(v, dtype=dtype)
+    for x, need in zip((hidden, weight, bias), needs, strict=True):
+        x.requires_grad_(bool(need))
+    labels = torch.randint(0, v, (n,))
+    labels[::3] = -100
+    plan = linear_logprob_plan(hidden, weight, labels, bias=bias, entropy_grad=False, **options)
+
+    def step():
+        out = linear_logprob_stats(hidden, weight, labels, bias=bias, entropy_grad=False, **{"stats": (), **options})
+        if any(needs):
+            out.logprob.sum().backward()
+
+    step()  # warm up, and let gradients be allocated afresh below
+    for x in (hidden, weight, bias):
+        x.grad = None
+    peak = peak_of(step)
+    assert peak > 0
+    assert peak <= plan.peak_bytes, f"peak {peak / MIB:.2f} MiB, predicted {plan.peak_bytes / MIB:.2f}"
+    assert peak >= 0.35 * plan.peak_bytes, "the prediction is not a mere upper bound"
+    for x in (hidden, weight, bias):
+        x.grad = None
+    with FlopCounterMode(display=False) as counter:
+        step()
+    extra = 2 * int((labels != -100).sum()) * h if "mean_logit" in options.get("stats", ()) else 0
+    assert counter.get_total_flops() in (plan.flops, plan.flops + extra)
+
+
+def test_budgets_come_from_the_environment(monkeypatch):
+    arguments = torch.randn(300, 64, requires_grad=True), torch.randn(9000, 64), torch.randint(0, 9000, (300,))
+    wide = linear_logprob_plan(*arguments)
+    monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "1")
+    narrow = linear_logprob_plan(*arguments)
+    assert narrow.workspace <= MIB < wide.workspace
+    assert torch.allclose(linear_logprob(*arguments), linear_logprob(*arguments))
+    monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "lots")
+    with pytest.raises(ValueError, match="FASTDPO_WORKSPACE_MB must be a whole number of MiB, got 'lots'"):
+        linear_logprob(*arguments)
