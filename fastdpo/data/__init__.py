@@ -1,0 +1,1 @@
+"""Preference data: accepted row formats, tokenization with a scored-token mask, batches."""

@@ -1,0 +1,273 @@
+"""LLaMA-Factory's ranking rows (alpaca, sharegpt, openai) and the dataset_info.json that describes them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdpo.data.errors import DataError, RowError
+from fastdpo.data.messages import Message, check_text, parse_tools
+
+_SHAREGPT_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+_OPENAI_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+_DEFAULT_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "history": "history",
+    "messages": "conversations",
+    "system": "system",
+    "tools": "tools",
+}
+# an entry that names columns leaves the others unused, as in LLaMA-Factory; these always have a name
+_REQUIRED_COLUMNS = {
+    "prompt": "instruction",
+    "messages": "conversations",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
+_MEDIA = ("images", "videos", "audios")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a LLaMA-Factory row keeps its parts: `columns` and `tags` of a dataset_info.json entry.
+
+    `formatting` is alpaca, sharegpt or openai. Tags that an entry leaves out keep the formatting's defaults.
+    """
+
+    formatting: str = "alpaca"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def column(self, part: str) -> str | None:
+        names = {**_REQUIRED_COLUMNS, **(self.columns or _DEFAULT_COLUMNS)}
+        return names.get(part)
+
+    def get(self, row: Mapping[str, Any], part: str) -> Any:
+        column = self.column(part)
+        return row.get(column) if column else None
+
+    def require(self, row: Mapping[str, Any], part: str) -> Any:
+        column = str(self.column(part))
+        if column not in row:
+            raise RowError(f"missing column `{column}`; found {', '.join(f'`{name}`' for name in row)}")
+        if row[column] is None:
+            raise RowError(f"`{column}` is null")
+        return row[column]
+
+    def tag(self, name: str) -> str:
+        defaults = _OPENAI_TAGS if self.formatting == "openai" else _SHAREGPT_TAGS
+        return self.tags.get(name) or defaults[name]
+
+
+def detect_layout(row: Mapping[str, Any]) -> Layout | None:
+    """The layout of a row that is LLaMA-Factory's without saying so; None for TRL's formats."""
+    if row.get("prompt") is not None:
+        return None
+    # `messages` beside answers that are single turns; TRL's rows may have it as metadata
+    column = "conversations" if "conversations" in row else "messages"
+    turns = row.get(column)
+    if turns is not None and (column == "conversations" or isinstance(row.get("chosen"), Mapping)):
+        first = turns[0] if isinstance(turns, list) and turns else None
+        openai = isinstance(first, Mapping) and "role" in first
+        return Layout("openai" if openai else "sharegpt", {**_DEFAULT_COLUMNS, "messages": column})
+    if "instruction" in row and not isinstance(row.get("chosen"), list):
+        return Layout("alpaca")
+    return None
+
+
+def messages_from_row(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """One ranking row -> `prompt`, `chosen`, `rejected` as lists of messages, and `tools`.
+
+    alpaca: the prompt is instruction + newline + input (if any) as a user message, after `history` (pairs of
+    user and assistant texts) and `system`; chosen and rejected are texts and become assistant messages, since
+    LLaMA-Factory puts them through a chat template. sharegpt and openai: an odd number of turns after an
+    optional system turn, the last one by the user (or a tool), and one answer each in chosen and rejected.
+
+    Raises `RowError` with the reason.
+    """
+    if layout.formatting == "alpaca":
+        prompt = _alpaca_prompt(row, layout)
+        answers = [_alpaca_answer(layout.require(row, side), layout.column(side)) for side in ("chosen", "rejected")]
+    else:
+        prompt = _conversation(row, layout)
+        answers = [_turn_answer(layout.require(row, side), side, layout) for side in ("chosen", "rejected")]
+    system = layout.get(row, "system")
+    if system and prompt[0]["role"] != "system":
+        check_text(system, str(layout.column("system")))
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return {
+        "prompt": prompt,
+        "chosen": [answers[0]],
+        "rejected": [answers[1]],
+        "tools": _wrap_tools(layout.get(row, "tools")),
+    }
+
+
+def _alpaca_prompt(row: Mapping[str, Any], layout: Layout) -> list[Message]:
+    messages: list[Message] = []
+    for turn in layout.get(row, "history") or []:
+        if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise RowError(f"`{layout.column('history')}` is not a list of [user text, assistant text]")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    parts = [layout.require(row, "prompt"), layout.get(row, "query")]
+    for part, text in zip(("prompt", "query"), parts, strict=True):
+        if text is not None:
+            check_text(text, str(layout.column(part)))
+    query = "\n".join(text for text in parts if text)
+    if not query:
+        raise RowError(f"`{layout.column('prompt')}` is empty")
+    return [*messages, {"role": "user", "content": query}]
+
+
+def _alpaca_answer(value: Any, column: str | None) -> Message:
+    if not isinstance(value, str):
+        raise RowError(f"`{column}` is {type(value).__name__}; wanted text beside an instruction")
+    return _text_answer(value, str(column))
+
+
+def _text_answer(value: str, column: str) -> Message:
+    if not value.strip():
+        raise RowError(f"`{column}` is empty")
+    return {"role": "assistant", "content": value}
+
+
+def _conversation(row: Mapping[str, Any], layout: Layout) -> list[Message]:
+    column = layout.column("messages")
+    turns = layout.require(row, "messages")
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"`{column}` is {'empty' if turns == [] else type(turns).__name__}; wanted a list of turns")
+    messages = [_message(turn, f"{column}[{index}]", layout) for index, turn in enumerate(turns)]
+    spoken = messages[1:] if messages[0]["role"] == "system" else messages
+    if layout.formatting == "sharegpt":
+        for index, message in enumerate(spoken):
+            if (message["role"] == "assistant") != (index % 2 == 1) or message["role"] == "system":
+                place = len(messages) - len(spoken) + index
+                raise RowError(f"`{column}[{place}]` is out of turn; wanted user and assistant turns in alternation")
+    if not spoken or spoken[-1]["role"] not in ("user", "tool"):
+        raise RowError(f"`{column}` does not end with a user turn, so chosen and rejected answer nothing")
+    return messages
+
+
+def _turn_answer(value: Any, side: str, layout: Layout) -> Message:
+    column = layout.column(side)
+    if isinstance(value, str):
+        return _text_answer(value, str(column))
+    message = _message(value, str(column), layout)
+    if message["role"] != "assistant":
+        raise RowError(f"`{column}` is a {message['role']} turn; wanted an assistant turn")
+    if not message["content"].strip() and not message.get("tool_calls"):
+        raise RowError(f"`{column}.{layout.tag('content_tag')}` is empty")
+    return message
+
+
+def _message(turn: Any, place: str, layout: Layout) -> Message:
+    role_tag, content_tag = layout.tag("role_tag"), layout.tag("content_tag")
+    if not isinstance(turn, Mapping) or role_tag not in turn:
+        raise RowError(f"`{place}` is not a turn with `{role_tag}` and `{content_tag}`")
+    role, content = turn[role_tag], turn.get(content_tag)
+    roles = {
+        layout.tag("user_tag"): "user",
+        layout.tag("assistant_tag"): "assistant",
+        layout.tag("observation_tag"): "tool",
+        layout.tag("function_tag"): "assistant",
+        layout.tag("system_tag"): "system",
+    }
+    if role not in roles:
+        raise RowError(f"`{place}.{role_tag}` is {role!r}; wanted one of {', '.join(roles)}")
+    if role == layout.tag("function_tag"):
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _tool_calls(content, f"{place}.{content_tag}"),
+        }
+    calls = turn.get("tool_calls")
+    if content is None and calls:
+        content = ""
+    check_text(content, f"{place}.{content_tag}")
+    message = {"role": roles[role], "content": content}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _tool_calls(text: Any, place: str) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(text)
+        calls = calls if isinstance(calls, list) else [calls]
+        return [
+            {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls
+        ]
+    except (TypeError, KeyError, ValueError):
+        raise RowError(f"`{place}` is not JSON text of a call with `name` and `arguments`") from None
+
+
+def _wrap_tools(value: Any) -> list[Any] | None:
+    """LLaMA-Factory also takes bare functions; templates expect each inside {"type": "function"}."""
+    tools = parse_tools(value) or []
+    return [
+        tool if tool.get("type") == "function" else {"type": "function", "function": tool} for tool in tools
+    ] or None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One usable entry of a dataset_info.json: a local file or folder, or a hub name, and the layout of its
+    rows."""
+
+    name: str
+    layout: Layout
+    file: Path | None
+    hub_name: str | None
+    subset: str | None
+    split: str | None
+
+
+def read_entries(folder: Path) -> dict[str, Any]:
+    """The entries of `folder`/dataset_info.json, unchecked; `DataError` when it is absent or no such file."""
+    path = folder / "dataset_info.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; dataset_dir is the folder that holds dataset_info.json.") from None
+    except ValueError as error:
+        raise DataError(f"{path}: broken JSON: {error}.") from None
+    if not isinstance(entries, dict):
+        raise DataError(f"{path} holds {type(entries).__name__}; wanted one object that maps names to entries.")
+    return entries
+
+
+def parse_entry(name: str, entry: Any, folder: Path) -> Entry:
+    """Check one entry and resolve its file; `DataError` says what cannot be used."""
+    place = f"{folder / 'dataset_info.json'}: entry `{name}`"
+    if not isinstance(entry, Mapping):
+        raise DataError(f"{place} is {type(entry).__name__}; wanted an object.")
+    if not entry.get("ranking"):
+        raise DataError(f'{place} is not a preference dataset: it has no "ranking": true.')
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
+        raise DataError(f"{place}: formatting is {formatting!r}; wanted alpaca, sharegpt or openai.")
+    columns = entry.get("columns") or {}
+    media = [part for part in _MEDIA if columns.get(part)]
+    if media:
+        raise DataError(f"{place} has {', '.join(media)}; only text is supported.")
+    if not entry.get("file_name") and not entry.get("hf_hub_url"):
+        raise DataError(f"{place} has neither file_name nor hf_hub_url, the two sources that can be read.")
+    file = folder / entry["file_name"] if entry.get("file_name") else None
+    layout = Layout(formatting, columns, entry.get("tags") or {})
+    return Entry(name, layout, file, entry.get("hf_hub_url"), entry.get("subset"), entry.get("split"))

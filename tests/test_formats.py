@@ -1,0 +1,315 @@
+"""Accepted rows become one record; bad ones are named, all of them, with the reason."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from fastdpo.data.errors import RowError
+from fastdpo.data.formats import DataError, Preference, load_preferences, normalize_dataset, preference_from_row
+
+USER = {"role": "user", "content": "Sky?"}
+BLUE = {"role": "assistant", "content": "Blue."}
+GREEN = {"role": "assistant", "content": "Green."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+RECORD = Preference([USER], [BLUE], [GREEN])
+TEXT = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
+CHAT = {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}
+TOOL = {"type": "function", "function": {"name": "look"}}
+
+
+def write_lines(path, rows) -> str:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (TEXT, Preference("Sky?", " Blue.", " Green.")),
+        ({**TEXT, "prompt": ""}, Preference("", " Blue.", " Green.")),
+        ({**TEXT, "id": 7, "score": 0.5, "source": "x"}, Preference("Sky?", " Blue.", " Green.")),
+        (CHAT, RECORD),
+        ({"chosen": [USER, BLUE], "rejected": [USER, GREEN]}, RECORD),
+        (
+            {"chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, GREEN]},
+            Preference([SYSTEM, USER], [BLUE], [GREEN]),
+        ),
+        (
+            {"chosen": [USER, BLUE, USER, BLUE], "rejected": [USER, GREEN]},
+            Preference([USER], [BLUE, USER, BLUE], [GREEN]),
+        ),
+        ({"chosen": [USER, BLUE], "rejected": [USER, BLUE]}, Preference([USER], [BLUE], [BLUE])),
+        ({"chosen": "Sky? Blue.", "rejected": "Sky? Green."}, Preference("Sky?", " Blue.", " Green.")),
+        ({"chosen": "Sky?\nBlue.", "rejected": "Sky?\nGreen."}, Preference("Sky?\n", "Blue.", "Green.")),
+        ({"chosen": "ab", "rejected": "abc"}, Preference("a", "b", "bc")),
+        # text where messages are expected
+        ({**CHAT, "prompt": "Sky?"}, RECORD),
+        ({"prompt": "Sky?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, RECORD),
+        ({"prompt": [USER], "chosen": "Blue.", "rejected": "Green."}, RECORD),
+        # a prompt that the answers repeat is asked once
+        ({"prompt": [USER], "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, RECORD),
+        # a system column is part of what the model is told
+        ({**CHAT, "system": "Be brief."}, Preference([SYSTEM, USER], [BLUE], [GREEN])),
+        ({**CHAT, "prompt": [SYSTEM, USER], "system": "Other."}, Preference([SYSTEM, USER], [BLUE], [GREEN])),
+        ({**CHAT, "tools": [TOOL]}, Preference([USER], [BLUE], [GREEN], [TOOL])),
+        ({**CHAT, "tools": json.dumps([TOOL])}, Preference([USER], [BLUE], [GREEN], [TOOL])),
+        ({**CHAT, "tools": []}, RECORD),
+        # what Arrow adds to a message where others have more keys
+        ({**CHAT, "chosen": [{**BLUE, "name": None, "tool_calls": None}]}, RECORD),
+        # LLaMA-Factory's rows are known by their columns
+        ({"instruction": "Sky?", "input": "", "chosen": "Blue.", "rejected": "Green."}, RECORD),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Sky?"}],
+                "chosen": {"from": "gpt", "value": "Blue."},
+                "rejected": {"from": "gpt", "value": "Green."},
+            },
+            RECORD,
+        ),
+    ],
+)
+def test_accepted_rows(row, expected):
+    assert preference_from_row(row) == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "Sky? Blue.", "rejected": "Sky? Green."},
+        {"chosen": "Sky?  Blue.", "rejected": "Sky?  Green."},
+        {"chosen": "ab", "rejected": "abc"},
+        {"chosen": "abc", "rejected": "abc"},
+        {"chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+        {"chosen": [USER, BLUE], "rejected": [USER, BLUE]},
+        {"chosen": [USER, BLUE], "rejected": [USER, BLUE, USER, BLUE]},
+    ],
+)
+def test_implicit_prompt_equals_trl(row):
+    from trl.data_utils import extract_prompt
+
+    ours = preference_from_row(row)
+    assert {"prompt": ours.prompt, "chosen": ours.chosen, "rejected": ours.rejected} == extract_prompt(row)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}]}
+
+
+def test_tool_calls_are_answers_and_their_arguments_text():
+    record = preference_from_row({**CHAT, "chosen": [CALL]})
+    assert record.chosen == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (5, "is int; wanted an object with `chosen` and `rejected`"),
+        ({"prompt": "a", "chosen": "b"}, "missing column `rejected`; found `prompt`, `chosen`"),
+        ({}, "missing column `chosen`; found nothing"),
+        ({**TEXT, "chosen": None}, "`chosen` is null"),
+        ({**TEXT, "prompt": None}, "`prompt` is null"),
+        ({**TEXT, "rejected": 3}, "`rejected` is int; wanted text or a list of messages"),
+        ({**TEXT, "prompt": {"role": "user"}}, "`prompt` is dict; wanted text or a list of messages"),
+        ({**TEXT, "chosen": ""}, "`chosen` is empty"),
+        ({**TEXT, "rejected": " \n"}, "`rejected` is empty"),
+        ({**TEXT, "chosen": "\ud83d"}, "`chosen` has half a surrogate pair at character 0"),
+        ({**CHAT, "prompt": []}, "`prompt` is empty"),
+        ({**CHAT, "chosen": []}, "`chosen` is empty"),
+        ({**CHAT, "chosen": [{**BLUE, "content": ""}]}, "`chosen[0].content` is empty"),
+        ({**CHAT, "rejected": [{**BLUE, "content": None}]}, "`rejected[0].content` is null"),
+        ({**CHAT, "prompt": [{**USER, "content": ["x"]}]}, "`prompt[0].content` is list; wanted text"),
+        ({**CHAT, "prompt": ["Sky?"]}, "`prompt[0]` is not a message with `role` and `content`"),
+        ({**CHAT, "chosen": [{"from": "gpt", "value": "x"}]}, "`chosen[0]` is not a message with `role` and `content`"),
+        ({**CHAT, "chosen": [BLUE, USER]}, "`chosen` ends with a user turn; wanted an assistant turn"),
+        ({**CHAT, "chosen": [{**CALL, "tool_calls": ["x"]}]}, "`chosen[0].tool_calls` is not a list of calls"),
+        ({**CHAT, "chosen": "Blue."}, "one of `chosen` and `rejected` is text and the other a list of messages"),
+        ({"chosen": [BLUE], "rejected": [GREEN]}, "no `prompt`, and `chosen` and `rejected` have no common beginning"),
+        (
+            {"chosen": "Blue.", "rejected": "Green."},
+            "no `prompt`, and `chosen` and `rejected` have no common beginning",
+        ),
+        ({"chosen": "", "rejected": "Green."}, "`chosen` is empty"),
+        ({"question": "Sky?", "chosen": "It is", "rejected": "It was"}, "no `prompt`, but `question` looks like one"),
+        ({**TEXT, "system": "Be brief."}, "`system` would be lost beside a text `prompt`"),
+        (
+            {"prompt": "Sea?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+            "the text `prompt` is not in the messages",
+        ),
+        ({**CHAT, "tools": "{"}, "`tools` is not JSON"),
+        ({**CHAT, "tools": "5"}, "`tools` is not a list of function descriptions"),
+    ],
+)
+def test_bad_rows(row, reason):
+    with pytest.raises(RowError) as caught:
+        preference_from_row(row)
+    assert reason in str(caught.value)
+
+
+def test_every_bad_row_is_listed_with_its_line(tmp_path):
+    path = write_lines(
+        tmp_path / "pairs.jsonl",
+        [TEXT, '{"prompt": "a", "chosen"', "", {**TEXT, "chosen": None}, TEXT, {"prompt": "a", "chosen": "b"}, TEXT],
+    )
+    with pytest.raises(DataError) as caught:
+        load_preferences(path)
+    assert str(caught.value).split("\n") == [
+        f"{path}: 3 bad rows of 6:",
+        f"  {path}:2: broken JSON: Expecting ':' delimiter (column 25)",
+        f"  {path}:4: `chosen` is null",
+        f"  {path}:6: missing column `rejected`; found `prompt`, `chosen`",
+        "Fix them, or go on without them with --skip_bad_rows.",
+    ]
+
+
+def test_bad_rows_are_skipped_when_told_and_counted(tmp_path, caplog):
+    path = write_lines(
+        tmp_path / "pairs.jsonl", [TEXT, "{", *[{**TEXT, "chosen": ""}] * 6, {**TEXT, "chosen": " Red."}]
+    )
+    with caplog.at_level(logging.WARNING):
+        dataset = load_preferences(path, skip_bad_rows=True)
+    assert dataset["chosen"][:] == [" Blue.", " Red."]
+    assert f"{path}: skipped 7 bad rows of 9: {path}:2: broken JSON" in caplog.text
+    assert f"{path}:6: `chosen` is empty; and 2 more" in caplog.text
+
+
+def test_a_long_list_is_capped(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", [TEXT, *[{**TEXT, "chosen": None}] * 62])
+    with pytest.raises(DataError, match=r"62 bad rows of 63:") as caught:
+        load_preferences(path)
+    assert len(str(caught.value).split("\n")) == 1 + 50 + 2
+    assert "\n  and 12 more\n" in str(caught.value)
+
+
+def test_one_reason_for_all_rows_is_said_once(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b"}] * 3)
+    for skip in (False, True):
+        with pytest.raises(DataError) as caught:
+            load_preferences(path, skip_bad_rows=skip)
+        assert str(caught.value) == (
+            f"{path}: none of the 3 rows can be used; each: missing column `rejected`; found `prompt`, `chosen`."
+        )
+
+
+def test_no_row_left_after_skipping(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", ["{", {**TEXT, "chosen": ""}])
+    with pytest.raises(DataError, match=r"2 bad rows of 2:(.|\n)*No row is left\.$"):
+        load_preferences(path, skip_bad_rows=True)
+
+
+def test_an_empty_file(tmp_path):
+    for name, text in (("a.jsonl", ""), ("b.json", "[]"), ("c.csv", "prompt,chosen,rejected\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=f"{name} is empty; wanted preference rows"):
+            load_preferences(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [TEXT, TEXT, CHAT, CHAT, TEXT],
+            "mixes 3 rows of plain text with 2 of messages; wanted one kind.*messages: .*:3",
+        ),
+        ([CHAT, TEXT, CHAT], "mixes 1 rows of plain text with 2 of messages; wanted one kind.*plain text: .*:2"),
+    ],
+)
+def test_mixed_kinds_name_the_first_of_the_few(tmp_path, rows, said):
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    for skip in (False, True):
+        with pytest.raises(DataError, match=said):
+            load_preferences(path, skip_bad_rows=skip)
+
+
+def test_identical_pairs_are_kept_and_counted(tmp_path, caplog):
+    path = write_lines(tmp_path / "pairs.jsonl", [TEXT, {**TEXT, "rejected": TEXT["chosen"]}, TEXT])
+    with caplog.at_level(logging.WARNING):
+        assert len(load_preferences(path)) == 3
+    assert "chosen and rejected are identical in 1 of 3 rows; they are kept" in caplog.text
+    caplog.clear()
+    load_preferences(write_lines(tmp_path / "fine.jsonl", [TEXT]))
+    assert caplog.text == ""
+
+
+def test_columns_of_the_result(tmp_path):
+    rows = [
+        {**CHAT, "id": 1, "tools": [TOOL], "chat_template_kwargs": {"thinking": False}, "ref_chosen_logps": -1.5},
+        {**CHAT, "id": 2, "ref_chosen_logps": -2.5},
+    ]
+    dataset = load_preferences(write_lines(tmp_path / "pairs.jsonl", rows))
+    assert set(dataset.column_names) == {*CHAT, "tools", "chat_template_kwargs", "ref_chosen_logps"}
+    assert dataset["tools"][:] == [json.dumps([TOOL]), None]
+    assert dataset["chat_template_kwargs"][:] == ['{"thinking": false}', None]
+    assert dataset["ref_chosen_logps"][:] == [-1.5, -2.5]
+    plain = load_preferences(write_lines(tmp_path / "plain.jsonl", [CHAT]))
+    assert plain.column_names == ["prompt", "chosen", "rejected"]
+    assert plain[0] == CHAT
+
+
+def test_calls_of_different_functions_share_a_column(tmp_path):
+    other: dict[str, Any] = json.loads(json.dumps(CALL).replace('{"at": 1}', '{"at": "home", "by": [2]}'))
+    dataset = load_preferences(
+        write_lines(tmp_path / "a.jsonl", [{**CHAT, "chosen": [CALL]}, {**CHAT, "chosen": [other]}])
+    )
+    arguments = [row[0]["tool_calls"][0]["function"]["arguments"] for row in dataset["chosen"]]
+    assert [json.loads(text) for text in arguments] == [{"at": 1}, {"at": "home", "by": [2]}]
+
+
+def test_a_dataset_in_hand():
+    rows = [{"chosen": [USER, BLUE], "rejected": [USER, GREEN], "score": 1.0}] * 2
+    normal = normalize_dataset(Dataset.from_list(rows))
+    assert isinstance(normal, Dataset)
+    assert normal.to_list() == [CHAT] * 2
+
+    bad = Dataset.from_list([TEXT, {**TEXT, "chosen": None}, {**TEXT, "chosen": ""}])
+    with pytest.raises(DataError, match=r"eval\[1\]: `chosen` is null\n  eval\[2\]: `chosen` is empty"):
+        normalize_dataset(bad, where="eval")
+    kept = normalize_dataset(bad, skip_bad_rows=True)
+    assert isinstance(kept, Dataset)
+    assert kept.to_list() == [TEXT]
+    with pytest.raises(DataError, match="train_dataset is empty"):
+        normalize_dataset(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}))
+
+
+def test_a_tokenized_dataset_comes_back_as_it_is():
+    tokenized = Dataset.from_dict({"prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]]})
+    assert normalize_dataset(tokenized) is tokenized
+
+
+def stream(rows: list[dict]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda rows: iter(rows), gen_kwargs={"rows": rows})
+
+
+def test_an_iterable_dataset_is_mapped_lazily(caplog):
+    rows = [{"chosen": [USER, BLUE], "rejected": [USER, GREEN], "score": 1.0}]
+    assert list(normalize_dataset(stream(rows))) == [{**CHAT, "tools": None}]
+    bad = [TEXT, {**TEXT, "chosen": ""}]
+    lazy = normalize_dataset(stream(bad))
+    with pytest.raises(DataError, match=r"train_dataset\[1\]: `chosen` is empty"):
+        list(lazy)
+    with caplog.at_level(logging.WARNING):
+        assert list(normalize_dataset(stream(bad), skip_bad_rows=True)) == [{**TEXT, "tools": None}]
+    assert "train_dataset[1]: skipped: `chosen` is empty" in caplog.text
+
+
+def test_real_pairs(shared_data):
+    source = shared_data / "dpo_en_demo.json"
+    dataset = load_preferences(str(source))
+    raw = json.loads(source.read_text(encoding="utf-8"))
+    assert len(dataset) == len(raw) == 300
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    for record, row in zip(dataset, raw, strict=True):
+        assert isinstance(record, dict)
+        turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        assert record["prompt"] == turns
+        assert record["chosen"] == [{"role": "assistant", "content": row["chosen"]["value"]}]
+        assert record["rejected"] == [{"role": "assistant", "content": row["rejected"]["value"]}]
+    by_name = load_preferences("dpo_en_demo", dataset_dir=str(shared_data))
+    assert by_name[:] == dataset[:]
