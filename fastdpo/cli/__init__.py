@@ -1,0 +1,45 @@
+"""The command line: one file per command, each with `main(argv) -> int`.
+
+Nothing here imports torch or transformers before the arguments are known to be good.
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from fastdpo import __version__
+
+COMMANDS = {"train": "train a model on preference pairs with DPO"}
+
+_USAGE = """usage: fastdpo COMMAND [arguments]
+
+commands:
+{commands}
+
+options:
+  -h, --help   this text
+  --version    the version
+
+`fastdpo train --demo` needs no data, no network and no GPU.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 the input was wrong.
+
+    argv: the arguments after the program's name; sys.argv[1:] if None.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+        print(_USAGE.format(commands=commands), end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"fastdpo {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        close = get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"the commands are: {', '.join(COMMANDS)}."
+        print(f"fastdpo: error: there is no command '{argv[0]}'; {hint}", file=sys.stderr)
+        return 2
+    return import_module(f"fastdpo.cli.{argv[0]}").main(argv[1:])

@@ -1,0 +1,217 @@
+"""Metric files of a run, in <output_dir>/dpo_metrics: table, curves, summary and Trainer's log history.
+
+Each file is a rendering of `state.log_history`, which checkpoints save and resume restores: a run that was killed and
+resumed therefore leaves neither a gap nor a double line.
+"""
+
+import csv
+import io
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastdpo.training.files import write_atomic
+
+FOLDER = "dpo_metrics"
+FILES = ("training_metrics.csv", "training_curves.png", "summary.json", "log_history.json")
+LEADING = (
+    "step",
+    "epoch",
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+# Trainer's record at the end of training: it belongs to the run, not to a step
+RUN_RECORD = "train_runtime"
+PACKAGES = ("fastdpo", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
+ESSENTIALS = (
+    "loss_type",
+    "beta",
+    "label_smoothing",
+    "max_length",
+    "truncation_mode",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def metric_rows(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One dict per logged step, in step order; training and evaluation records of one step are one row."""
+    rows: dict[int, dict[str, Any]] = {}
+    for record in log_history:
+        if RUN_RECORD not in record:
+            rows.setdefault(int(record["step"]), {}).update(record)
+    return [rows[step] for step in sorted(rows)]
+
+
+def metric_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """step, epoch, loss, rewards and logps first, then the others as they appeared, eval_* last."""
+    seen = list(dict.fromkeys(name for row in rows for name in row))
+    leading = [name for name in LEADING if name in seen]
+    others = [name for name in seen if name not in leading]
+    return leading + sorted(others, key=lambda name: name.startswith("eval_"))
+
+
+def metrics_csv(log_history: Iterable[Mapping[str, Any]]) -> str:
+    """The text of training_metrics.csv; a metric that a step did not log is an empty cell."""
+    rows = metric_rows(log_history)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, metric_columns(rows) or ["step"], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summarize(state: TrainerState, args: TrainingArguments, details: Mapping[str, Any]) -> dict[str, Any]:
+    """What summary.json holds: settings, data, reference, versions, first / last / best metrics, runtime, files."""
+    rows = metric_rows(state.log_history)
+    train = [row for row in rows if "loss" in row]
+    evals = [row for row in rows if "eval_loss" in row]
+    run = next((record for record in reversed(state.log_history) if RUN_RECORD in record), {})
+    best = {}
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "eval_loss", "eval_rewards/margins"):
+        known = [row for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
+        if known:
+            row = (min if name.endswith("loss") else max)(known, key=lambda row, name=name: row[name])
+            best[name] = {"step": row["step"], "value": row[name]}
+    return {
+        **details,
+        "settings": {name: getattr(args, name) for name in ESSENTIALS if hasattr(args, name)},
+        "steps": state.global_step,
+        "first": train[0] if train else None,
+        "last": train[-1] if train else None,
+        "first_eval": evals[0] if evals else None,
+        "last_eval": evals[-1] if evals else None,
+        "best": best,
+        "tokens": next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), None),
+        "runtime": {name: value for name, value in run.items() if name not in ("step", "epoch", "total_flos")},
+        "versions": {"python": platform.python_version(), **_installed()},
+    }
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # run from a checkout, or not installed on this platform
+    return found
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with only what strict JSON has: numbers that are not finite become null, unknown objects text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
+    """Four panels as a PNG: loss, reward margin, accuracy, chosen and rejected reward; dots are evaluations."""
+    # the object interface: no pyplot state, no display, any thread
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = metric_rows(log_history)
+    panels = {
+        "loss": ("loss",),
+        "reward margin (chosen - rejected)": ("rewards/margins",),
+        "accuracy (share of pairs with margin > 0)": ("rewards/accuracies",),
+        "rewards": ("rewards/chosen", "rewards/rejected"),
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for color, name in zip(("tab:blue", "tab:orange"), names, strict=False):
+            for prefix, style in (("", "-"), ("eval_", "o")):
+                points = [(row["step"], row[prefix + name]) for row in rows if prefix + name in row]
+                if points:
+                    # a single training point would be an invisible line
+                    style = "." if style == "-" and len(points) == 1 else style
+                    axes.plot(*zip(*points, strict=True), style, color=color, label=prefix + name)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+class MetricsReport(TrainerCallback):
+    """Write the metric files of a run, each atomically, on world process zero.
+
+    details: what the summary says besides the metrics (model, data counts, reference, ...); it may be filled until the
+    end of training. The CSV follows the run, at most once a second; everything is written at save, evaluation and end.
+    """
+
+    def __init__(self, details: Mapping[str, Any] | None = None) -> None:
+        self.details: dict[str, Any] = dict(details or {})
+        self._written = -math.inf
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # a resumed run starts from the checkpoint's history: lines that a killed run wrote after it go
+        folder = self._write_csv(args, state)
+        if state.is_world_process_zero:
+            for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self._written > 1.0:
+            self._write_csv(args, state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.write(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.write(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.write(args, state)
+
+    def write(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Write all four files. Raises OSError where the folder cannot be written."""
+        if not state.is_world_process_zero:
+            return
+        folder = self._write_csv(args, state)
+        summary = summarize(state, args, self.details)
+        summary["files"] = list(FILES)
+        for name, value in (("log_history.json", state.log_history), ("summary.json", summary)):
+            write_atomic(folder / name, json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / "training_curves.png", curves_png(state.log_history))
+
+    def _write_csv(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folder = Path(args.output_dir or ".") / FOLDER
+        if state.is_world_process_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "training_metrics.csv", metrics_csv(state.log_history))
+            self._written = time.monotonic()
+        return folder
