@@ -38,6 +38,13 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, *, add: boo
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def rounds_in_gemm(device: torch.device, compute: torch.dtype, wanted: torch.dtype) -> bool:
+    """A product of `compute` operands can be had in that dtype, accumulated in fp32 and rounded once, at full speed."""
+    if compute != wanted or compute not in (torch.bfloat16, torch.float16):
+        return False
+    return device.type == "cuda" or (compute == torch.bfloat16 and _has_bf16_units())
+
+
 @cache
 def _has_bf16_units() -> bool:
     """oneDNN can multiply fp32 operands in bf16 (exact here: they hold bf16 numbers) and it pays on this CPU."""

@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdpo.ops.gemm import mm_into, widen
+from fastdpo.ops.gemm import mm_into, rounds_in_gemm, widen
 from fastdpo.ops.plan import Needs, Plan
 
 # masks a column: finite, so that 0 * (z - m) stays 0 and no inf - inf can arise
@@ -259,9 +259,10 @@ class Head:
         return weight, None if self.bias is None else self.bias[columns].to(self.acc)
 
 
-def take_rows(hidden: Tensor, rows: Tensor | None, block: slice, head: Head) -> Tensor:
+def take_rows(hidden: Tensor, rows: Tensor | None, block: slice, head: Head, wide: bool = True) -> Tensor:
+    """Some tokens' hidden states as an operand; not `wide`: in the compute dtype also on a CPU."""
     chosen = hidden[block] if rows is None else hidden.index_select(0, rows[block])
-    return widen(chosen, head.compute, head.acc)
+    return widen(chosen, head.compute, head.acc) if wide else chosen.to(head.compute)
 
 
 def forward(
@@ -429,7 +430,10 @@ def backward_head(
     recompute = saved.kept is None
     same = e_dtype == acc and row.entropy is None
     z_space = e_space if same or not recompute else torch.empty_like(e_space, dtype=acc)
-    dw_space = torch.empty((plan.cols, h), dtype=acc, device=device)
+    # one row block: the block of dW is one product, rounded once, by the GEMM itself
+    once = dw is not None and n <= plan.rows and rounds_in_gemm(device, head.compute, dw.dtype)
+    narrow = take_rows(hidden, rows, slice(0, n), head, wide=False) if once else None
+    dw_space = torch.empty((0 if once else plan.cols, h), dtype=acc, device=device)
 
     for index, columns in enumerate(blocks(v, plan.cols)):
         width = columns.stop - columns.start
@@ -440,8 +444,8 @@ def backward_head(
             size = block.stop - block.start
             e, label = e_space[:size, :width], labels[block] - columns.start
             part = row.part(block)
-            operand = take_rows(hidden, rows, block, head)
-            if weight is not None:
+            operand = None if once and not recompute else take_rows(hidden, rows, block, head)
+            if weight is not None and operand is not None:
                 z = z_space[:size, :width]
                 mm_into(z, operand, weight.t(), head.compute)
                 tiles.dlogits(z, e, label, bias, part, how)
@@ -454,12 +458,14 @@ def backward_head(
                 if saved.zy is not None:
                     target = target * _curve(saved.zy[block].clone(), how)
                 tiles.dlogits_kept(saved.kept[block, columns], e, label, scale, target)
-            if dw is not None:
+            if dw is not None and narrow is not None:
+                torch.mm(e.to(head.compute).t(), narrow, out=dw[columns])
+            elif dw is not None and operand is not None:
                 mm_into(sums, e.t(), operand, head.compute, add=block.start > 0)
             if bias_sums is not None:
                 bias_sums += e.sum(0, dtype=acc)
             del operand
-        if dw is not None:
+        if dw is not None and not (once and n):
             dw[columns] = sums if n else 0
         if db is not None and bias_sums is not None:
             db[columns] = bias_sums
