@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastdpo.cli.parsing import Request, UsageError
-from fastdpo.demo import DEMO_ARGUMENTS, SAMPLE_PROMPTS, demo_paths
+from fastdpo.demo import DEMO_ARGUMENTS, DEMO_LORA_ARGUMENTS, SAMPLE_PROMPTS, demo_paths
 
 
 def with_demo_arguments(request: Request) -> Request:
@@ -13,7 +13,8 @@ def with_demo_arguments(request: Request) -> Request:
             raise UsageError(f"--demo brings its own model and pairs: leave out {request.sources[name]}, or --demo")
     paths = demo_paths()
     own = {"model_name_or_path": paths.model, "dataset_name": paths.train, "eval_dataset_name": paths.heldout}
-    values = {**{name: str(path) for name, path in own.items()}, **DEMO_ARGUMENTS, **request.values}
+    lora = DEMO_LORA_ARGUMENTS if request.values.get("use_peft") else {}
+    values = {**{name: str(path) for name, path in own.items()}, **DEMO_ARGUMENTS, **lora, **request.values}
     return request._replace(values=values)
 
 
