@@ -19,7 +19,7 @@ from dataclasses import dataclass
 MIB = 1 << 20
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
-MAX_COLS_CPU = 16384  # every product of a tile pays a fixed cost in oneDNN, bf16 ones twice that of fp32
+MAX_COLS_CPU = 8192  # a product of a narrow tile pays a fixed cost in oneDNN; a wide one leaves the cache
 COL_QUANTUM = 128
 ONEDNN_SCRATCH = 64 << 10  # what a bf16 product allocates beyond the copies of its operands
 
@@ -169,6 +169,8 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> in
     size = rows * cols * shape.acc * (1 + shape.extra_tiles)
     if shape.on_cpu:
         size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + rows * shape.h * 2 + ONEDNN_SCRATCH)
+        if directions:
+            size += _copies(shape) * rows * cols * 2  # the exponentials in bf16
     elif shape.compute != shape.acc:
         size += rows * cols * shape.compute  # the exponentials in the operands' dtype
     size += _casts(shape, rows, cols)

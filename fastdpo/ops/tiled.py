@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdpo.ops.gemm import mm_into, rounds_in_gemm, widen
+from fastdpo.ops.gemm import mm_into, mm_sum, rounds_in_gemm, widen
 from fastdpo.ops.plan import Needs, Plan
 
 # masks a column: finite, so that 0 * (z - m) stays 0 and no inf - inf can arise
@@ -254,8 +254,17 @@ class Head:
     compute: torch.dtype
     acc: torch.dtype
 
-    def block(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        weight = widen(self.weight[columns], self.compute, self.acc)
+    def space(self, columns: int) -> Tensor | None:
+        """Memory for `block`'s copy of the weight, where it makes one."""
+        if self.weight.device.type != "cpu" or self.weight.dtype == self.compute == self.acc:
+            return None
+        return torch.empty((columns, self.weight.shape[1]), dtype=self.acc)
+
+    def block(self, columns: slice, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (c, H) as an operand, and the bias (c,), of some columns of the logits."""
+        weight = self.weight[columns].to(self.compute)
+        if space is not None:
+            weight = space[: len(weight)].copy_(weight)
         return weight, None if self.bias is None else self.bias[columns].to(self.acc)
 
 
@@ -294,6 +303,7 @@ def forward(
         kept = torch.empty((n, v), dtype=head.compute, device=device)
         bases = torch.empty((-(-v // plan.cols), n), dtype=acc, device=device)
 
+    w_space = head.space(plan.cols)
     for block in blocks(n, plan.rows):
         size = block.stop - block.start
         operand = take_rows(hidden, rows, block, head)
@@ -301,7 +311,7 @@ def forward(
         label = labels[block]
         for index, columns in enumerate(blocks(v, plan.cols)):
             width = columns.stop - columns.start
-            weight, bias = head.block(columns)
+            weight, bias = head.block(columns, w_space)
             z, e = z_space[:size, :width], e_space[:size, :width]
             mm_into(z, operand, weight.t(), head.compute)
             tiles.fold(z, e, label - columns.start, bias, state, how, write=plan.path != "stats")
@@ -309,8 +319,7 @@ def forward(
                 kept[block, columns] = e
                 bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
             if directions:
-                _accumulate(sums, size, index == 0, e, z, weight, state, head)
-            del weight, bias  # before the next block's copies are made
+                _accumulate(sums, size, index == 0, e, z, weight, state, head, columns)
         if directions:
             _finish_directions(directions, sums, block, size, state, label, head, how)
         del operand
@@ -335,16 +344,17 @@ def _accumulate(
     weight: Tensor,
     state: RowState,
     head: Head,
+    columns: slice,
 ) -> None:
-    a = sums[0][:size]
+    a, stored = sums[0][:size], head.weight[columns]
     if len(sums) > 1:
         b = sums[1][:size]
         if not first:
             b.addcmul_(a, state.drop[:, None]).mul_(state.ratio[:, None])
-        mm_into(b, z, weight, head.compute, add=not first)
+        mm_sum(b, z, weight, stored, head.compute, add=not first)
     if not first:
         a.mul_(state.ratio[:, None])
-    mm_into(a, e, weight, head.compute, add=not first)
+    mm_sum(a, e, weight, stored, head.compute, add=not first)
 
 
 def _finish_directions(
@@ -433,11 +443,12 @@ def backward_head(
     # one row block: the block of dW is one product, rounded once, by the GEMM itself
     once = dw is not None and n <= plan.rows and rounds_in_gemm(device, head.compute, dw.dtype)
     narrow = take_rows(hidden, rows, slice(0, n), head, wide=False) if once else None
+    w_space = head.space(plan.cols) if recompute else None
     dw_space = torch.empty((0 if once else plan.cols, h), dtype=acc, device=device)
 
     for index, columns in enumerate(blocks(v, plan.cols)):
         width = columns.stop - columns.start
-        weight, bias = head.block(columns) if recompute else (None, None)
+        weight, bias = head.block(columns, w_space) if recompute else (None, None)
         sums = dw_space[:width]
         bias_sums = torch.zeros(width, dtype=acc, device=device) if db is not None else None
         for block in blocks(n, plan.rows):
@@ -469,7 +480,6 @@ def backward_head(
             dw[columns] = sums if n else 0
         if db is not None and bias_sums is not None:
             db[columns] = bias_sums
-        del weight, bias
     return dw, db
 
 
