@@ -10,7 +10,8 @@ from fastdpo.ops import reference
 from fastdpo.ops.arguments import DTYPES
 from fastdpo.ops.backend import choose_backend
 from fastdpo.ops.plan import workspace_bytes
-from fastdpo.ops.tiled import NEG, blocks, softplus
+from fastdpo.ops.tiled import blocks
+from fastdpo.ops.tiles import NEG, softplus
 
 
 def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> Tensor:

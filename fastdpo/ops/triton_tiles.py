@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.kernels.fold import dlogits_tile, fold_tile
-from fastdpo.ops.tiled import Logits, RowGradient, RowState
+from fastdpo.ops.tiles import Logits, RowGradient, RowState
 
 
 class TritonTiles:
