@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# torch lists its constructors once; with torch.empty patched below, `with torch.device("meta")` would miss it
+torch.utils._device._device_constructors()
+# tiny tensors lose more to a second thread than they gain, most of all where other work wants the cores
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -1,0 +1,1 @@
+"""DPOTrainer and DPOConfig on Hugging Face's Trainer, and what they need: models, reference, reports."""

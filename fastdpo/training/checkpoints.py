@@ -1,0 +1,188 @@
+"""Checkpoints on disk: written in a staging folder, renamed in one step, checked before use.
+
+transformers writes a checkpoint in place, trainer_state.json last, and resumes from the highest number it
+finds. A run that is killed while it saves would then fail to resume, or go on from trained weights at step 0.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fastdpo.training.files import sync_folder, sync_tree, write_atomic
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "fastdpo_state.json"
+# the leading underscore also keeps a staging folder out of uploads of output_dir
+_STAGING = "_incomplete-checkpoint-"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def staging_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is complete."""
+    return Path(run_dir) / f"{_STAGING}{step}"
+
+
+def remove_leftovers(run_dir: str | os.PathLike[str]) -> list[str]:
+    """Remove what killed runs left half written (or half deleted) in `run_dir`; returns the names."""
+    leftovers = sorted(path for path in Path(run_dir).glob(f"{_STAGING}*") if path.is_dir())
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in leftovers]
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Make `staged` durable and rename it to `final`; an older folder of that name is replaced."""
+    sync_tree(staged)
+    if final.exists():
+        remove_checkpoint(final)
+    os.replace(staged, final)
+    sync_folder(final.parent)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves a leftover, not a checkpoint with files missing."""
+    doomed = path.with_name(f"{_STAGING}{path.name}-deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def checkpoints_by_step(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """The `checkpoint-N` folders of `run_dir` with their steps, lowest first."""
+    found = []
+    for path in Path(run_dir).glob("checkpoint-*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def rotate(run_dir: str | os.PathLike[str], limit: int | None, keep: list[Path]) -> None:
+    """Delete the oldest checkpoints until `limit` are left; those in `keep` stay. No limit: None or 0."""
+    if not limit or limit < 0:
+        return
+    # by age, so that higher numbers of an earlier run in the same folder go first
+    by_age = sorted((path.stat().st_mtime_ns, step, path) for step, path in checkpoints_by_step(run_dir))
+    protected = {path.resolve() for path in keep}
+    surplus = len(by_age) - max(limit, len(protected))
+    for _, _, path in by_age:
+        if surplus > 0 and path.resolve() not in protected:
+            remove_checkpoint(path)
+            surplus -= 1
+
+
+def incomplete_reason(folder: str | os.PathLike[str], sharded: bool = False) -> str | None:
+    """Why training cannot go on from `folder`, or None when everything is there and readable.
+
+    sharded: the checkpoint is DeepSpeed's or FSDP's, whose own folders hold weights and optimizer; only
+        trainer_state.json is looked at.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except FileNotFoundError:
+        return "trainer_state.json is missing"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "trainer_state.json is not readable"
+    if sharded:
+        return None
+    match = _CHECKPOINT.fullmatch(folder.name)
+    if match and step != int(match[1]):
+        return f"trainer_state.json is of step {step}"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (folder / name).is_file():
+            return f"{name} is missing (was it saved with save_only_model?)"
+    rng_files = sorted(folder.glob("rng_state*.pth"))
+    if not rng_files:
+        return "rng_state.pth is missing"
+    for path in [folder / "optimizer.pt", folder / "scheduler.pt", *rng_files]:
+        # torch.save writes a zip; its directory is at the end, so a file cut short does not open
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is not readable"
+    return _unreadable_weights(folder)
+
+
+def _unreadable_weights(folder: Path) -> str | None:
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(shards)]
+        else:
+            names = ("model.safetensors", "adapter_model.safetensors")
+            files = [folder / name for name in names if (folder / name).is_file()]
+            files += sorted(folder.glob("*/adapter_model.safetensors"))
+    except (ValueError, KeyError, AttributeError, OSError):
+        return f"{index.name} is not readable"
+    if not files:
+        return "the weights are missing"
+    for path in files:
+        try:
+            # the header says how long the file must be
+            with safe_open(path, framework="pt"):
+                pass
+        except FileNotFoundError:
+            return f"{path.name} is missing"
+        except (SafetensorError, OSError):
+            return f"{path.name} is not readable"
+    return None
+
+
+def newest_complete(run_dir: str | os.PathLike[str], sharded: bool = False) -> str | None:
+    """The complete checkpoint with the most steps, or None; those passed over are named in a log line."""
+    for _, path in reversed(checkpoints_by_step(run_dir)):
+        reason = incomplete_reason(path, sharded)
+        if reason is None:
+            return str(path)
+        logger.warning(f"resume: passed over {path}: {reason}.")
+    return None
+
+
+def resolve_resume(
+    resume: str | bool | os.PathLike[str] | None, run_dir: str | os.PathLike[str], sharded: bool = False
+) -> str | None:
+    """The checkpoint to go on from, or None to start at step 0.
+
+    True takes the newest complete checkpoint in `run_dir`; when there is none, training starts from scratch,
+    so that the command of a run that was killed before its first save can simply be repeated.
+
+    Raises:
+        ValueError: a checkpoint given by path that is not complete.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is True:
+        found = newest_complete(run_dir, sharded)
+        if found is None:
+            logger.warning(f"resume: no complete checkpoint in {run_dir}, starting from scratch.")
+        else:
+            logger.warning(f"resume: going on from {found}.")
+        return found
+    reason = incomplete_reason(resume, sharded)
+    if reason is not None:
+        raise ValueError(f"cannot resume from {os.fspath(resume)}: {reason}.")
+    return os.fspath(resume)
+
+
+def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write what a checkpoint of transformers lacks: running sums that are not logged yet."""
+    write_atomic(Path(folder) / STATE_NAME, json.dumps(state, indent=1))
+
+
+def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read it back; None, with a log line, for a checkpoint that another trainer wrote."""
+    path = Path(folder) / STATE_NAME
+    if not path.is_file():
+        logger.warning(f"resume: {folder} has no {STATE_NAME}; the first logged means start at this checkpoint.")
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))

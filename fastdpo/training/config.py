@@ -1,0 +1,181 @@
+"""`DPOConfig`: transformers' `TrainingArguments` plus what DPO needs, under TRL 1.16's names and defaults."""
+
+import logging
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+from fastdpo.data.collate import TRUNCATION_MODES, check_truncation
+from fastdpo.losses import check_loss_options
+
+logger = logging.getLogger(__name__)
+
+# each tracker that transformers knows: the modules of which one must be installed, and what pip calls it
+TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "azure_ml": (("azureml",), "azureml-core"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub",), "dagshub mlflow"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "kubeflow": ((), ""),
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+}
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Every argument of a DPO run.
+
+    Raises:
+        ValueError: from the constructor, one sentence that names the field, what came and what was wanted.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # fields of TrainingArguments with another default
+    output_dir: str | None = field(
+        default="output", metadata={"help": "Folder for checkpoints, metrics and the final model or adapter."}
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many update steps; below 1, a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log the running mean in place of a NaN or infinite loss; hides a diverged run."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=True,
+        metadata={"help": "Recompute activations in the backward pass: less memory, about a fifth slower."},
+    )
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride] None means: ask the device
+        default=None,
+        metadata={"help": "Train under bfloat16 autocast. Unset: yes where the device has it, unless fp16."},
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036 transformers' parser takes the second type
+        default="none",
+        metadata={"help": "Trackers to log to: all, none, or names such as tensorboard, wandb."},
+    )
+
+    # the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` for a model given as a path, as a dict or JSON."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that a model or tokenizer brings along."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of policy and reference to 0."})
+
+    # the data
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset; unset: this one."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest prompt plus completion, in tokens; unset: no limit."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "Which end of a sequence longer than `max_length` is kept.",
+            "choices": list(TRUNCATION_MODES),
+        },
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto",
+        metadata={"help": "Pad batches to a multiple of this many tokens; 'auto': 128 on Neuron, else 1."},
+    )
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "Drop and count bad rows of the dataset instead of stopping at them."},
+    )
+
+    # the loss
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Loss, or several that are added with `loss_weights`: sigmoid, hinge, ipo."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight for each loss in `loss_type`; unset: 1 each."}
+    )
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Strength of the pull to the reference, > 0; for ipo this is the paper's tau."},
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a label is flipped, in [0, 0.5); applied to sigmoid (cDPO)."},
+    )
+    average_log_prob: bool = field(
+        default=False,
+        metadata={"help": "Use the mean log-prob of a completion's tokens instead of their sum."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        check_loss_options(self.loss_type, self.beta, self.label_smoothing, self.loss_weights)
+        self._check_lengths()
+        self._check_trackers()
+        self._choose_precision()
+        # the alias is deprecated in transformers 5.2x; the default of ours is no reason for a warning
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if getattr(self, "activation_checkpointing_kwargs", False) is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        super().__post_init__()
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = 128 if self.device.type == "neuron" else None
+
+    def _check_lengths(self) -> None:
+        check_truncation(self.max_length, self.truncation_mode)
+        multiple = self.pad_to_multiple_of
+        if isinstance(multiple, str) and multiple != "auto":
+            if multiple.lower() in ("none", "null"):
+                self.pad_to_multiple_of = None
+            elif multiple.isdigit():
+                self.pad_to_multiple_of = int(multiple)
+        multiple = self.pad_to_multiple_of
+        if multiple not in (None, "auto") and (isinstance(multiple, str) or multiple < 1):
+            raise ValueError(f"pad_to_multiple_of must be 'auto' or a number >= 1, got {multiple!r}.")
+        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
+            raise ValueError(f"dataset_num_proc must be at least 1, got {self.dataset_num_proc}.")
+
+    def _check_trackers(self) -> None:
+        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
+        for name in names:
+            if name in ("all", "none"):
+                continue
+            if name not in TRACKERS:
+                near = get_close_matches(str(name), TRACKERS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"report_to: unknown tracker {name!r}; choose from {', '.join(TRACKERS)}.{hint}")
+            modules, package = TRACKERS[name]
+            if modules and not any(find_spec(module) for module in modules):
+                raise ValueError(
+                    f"report_to names {name!r}, which is not installed; run `pip install {package}` "
+                    "or leave it out of report_to."
+                )
+
+    def _choose_precision(self) -> None:
+        if self.bf16 is None:
+            device_has_it = not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = bool(device_has_it and not self.fp16)  # pyright: ignore[reportIncompatibleVariableOverride] as above
+            if not device_has_it and not self.fp16:
+                logger.warning("bf16 is off: no GPU with bfloat16 is in use, training is in fp32.")
+        elif self.bf16 and not torch.accelerator.is_available():
+            # bfloat16 autocast works on a CPU; transformers refuses it unless the CPU is asked for by name
+            self.use_cpu = True

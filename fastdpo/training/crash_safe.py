@@ -1,0 +1,138 @@
+"""A Trainer that a kill cannot hurt: checkpoints appear whole, and resuming loses no running sum."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import Trainer
+
+from fastdpo.training import checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+class SafeCheckpointTrainer(Trainer):
+    """Checkpoints are complete or absent, and a resumed run logs what an undisturbed one would.
+
+    A subclass keeps running sums of its own in a checkpoint by `extra_state` and `load_extra_state`.
+    """
+
+    _staging: Path | None = None
+    _push_later = False
+    _loss_since_log: torch.Tensor | None = None
+    _resumed: dict[str, Any] | None = None
+
+    def extra_state(self) -> dict[str, Any]:
+        """JSON values to keep in a checkpoint; called on every process."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any] | None) -> None:
+        """Go on from `extra_state`'s values, or from nothing when `state` is None."""
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. True resumes from the newest complete checkpoint in output_dir, or starts from scratch."""
+        run_dir = Path(self.args.output_dir or ".")
+        if self.args.should_save:
+            for name in checkpoints.remove_leftovers(run_dir):
+                logger.warning(f"removed {name}, which a killed run left in {run_dir}.")
+        checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, run_dir, self._sharded)
+        old = checkpoints.checkpoints_by_step(run_dir)
+        if old and not resume_from_checkpoint:
+            logger.warning(
+                f"{run_dir} holds checkpoints of an earlier run, up to {old[-1][1].name}; a later resume takes "
+                "the highest number, so remove them or use another output_dir."
+            )
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = checkpoints.staging_folder(run_dir, self.state.global_step)
+        staged, final = staging / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            state = self._running_state()
+        finally:
+            self._staging = None
+        best_is_this = self.state.best_model_checkpoint == str(staged)
+        if best_is_this:
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if best_is_this:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+            checkpoints.save_state(staged, state)
+            checkpoints.publish(staged, final)
+            staging.rmdir()
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(run_dir, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
+        self.accelerator.wait_for_everyone()
+        if self._push_later:
+            self._push_later = False
+            super()._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # the upload runs in the background and must not read a folder that is about to be renamed
+        if self._staging is not None:
+            self._push_later = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _running_state(self) -> dict[str, Any]:
+        loss = self._loss_since_log
+        if loss is None:
+            loss = torch.zeros((), device=self.args.device)
+        gathered = cast(torch.Tensor, self.accelerator.gather(loss.detach().reshape(1)))
+        return {
+            "loss_since_log": gathered.mean().item(),
+            "last_logged_step": self._globalstep_last_logged,
+            **self.extra_state(),
+        }
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        # the tensor that is set to zero in place when it is logged
+        self._loss_since_log = tr_loss
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        self._resumed = checkpoints.load_state(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.load_extra_state(self._resumed)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # resumed from the checkpoint of the last step: Trainer would train one more before it looks
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._resumed is not None:
+            # Trainer's own sum is at zero before the first step, so the sum goes on as if never interrupted
+            earlier = self._resumed["loss_since_log"]
+            self._globalstep_last_logged = self._resumed["last_logged_step"]
+            self._total_loss_scalar -= earlier
+            self._resumed = None
+            loss = loss + earlier
+        return loss

@@ -1,0 +1,167 @@
+"""Loading policies and tokenizers, and refusing what cannot be trained, in one sentence each."""
+
+import logging
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from fastdpo.training.config import DPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    peft_config: PeftConfig | None = None,
+    quantization_config: Any = None,
+    default_dtype: torch.dtype | None = None,
+) -> PreTrainedModel | PeftModel:
+    """The policy, with a fresh adapter where `peft_config` is given.
+
+    A path is loaded in fp32 for full fine-tuning, whatever the checkpoint's dtype: under bf16 autocast the
+    weights stay fp32, since AdamW at a learning rate of 1e-6 changes no bf16 weight. With PEFT the base model
+    is frozen and keeps the checkpoint's dtype. `default_dtype` replaces that rule, and an explicit `dtype` in
+    `args.model_init_kwargs` wins over both.
+
+    Raises:
+        ValueError: no such model, not a text-only causal LM, or arguments that exclude each other.
+    """
+    if isinstance(model, str):
+        dtype = default_dtype or (torch.float32 if peft_config is None else "auto")
+        model = _from_pretrained(model, args, quantization_config, dtype)
+    elif args.model_init_kwargs or quantization_config is not None:
+        raise ValueError(
+            f"model_init_kwargs and quantization_config only apply to a model given as a path, got a loaded "
+            f"{type(model).__name__}; load it with them, or pass its path."
+        )
+    _check_text_causal_lm(model.config, type(unwrap_peft(model)).__name__)
+    if peft_config is None:
+        if isinstance(model, PeftModel):
+            _check_adapter_type(model.active_peft_config)
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "got peft_config and a model that has an adapter already; merge that adapter (merge_and_unload), or "
+            "leave peft_config out to go on training it."
+        )
+    _check_adapter_type(peft_config)
+    # TRL draws the adapter's weights right after set_seed; nothing may take random numbers in between
+    set_seed(args.seed)
+    return cast(PeftModel, get_peft_model(model, peft_config))
+
+
+def _from_pretrained(path: str, args: DPOConfig, quantization_config: Any, default_dtype: Any) -> PreTrainedModel:
+    assert not isinstance(args.model_init_kwargs, str)
+    options = dict(args.model_init_kwargs or {})
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    dtype = options.setdefault("dtype", default_dtype)
+    if isinstance(dtype, str) and dtype != "auto":
+        options["dtype"] = getattr(torch, dtype, None)
+        if not isinstance(options["dtype"], torch.dtype):
+            raise ValueError(f"model_init_kwargs: dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    hub = {k: options[k] for k in ("trust_remote_code", "revision") if k in options}
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+        _check_text_causal_lm(config, (config.architectures or [config.model_type])[0])
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except OSError as error:
+        raise ValueError(f"cannot load model {path!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _check_text_causal_lm(config: PreTrainedConfig, name: str) -> None:
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; fastdpo trains causal language models.")
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{name} is a multimodal model, which fastdpo does not train yet; use its text-only causal LM."
+        )
+
+
+def _check_adapter_type(config: PeftConfig) -> None:
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"adapter type {config.peft_type} puts virtual tokens before the prompt, which fastdpo does not "
+            "support; use LoRA."
+        )
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The causal LM inside a PEFT model, or the model itself."""
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in `model` to 0: of `nn.Dropout`, and of modules that keep a number."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a pad token (the EOS token where it has none: masks come from lengths)."""
+    if given is None:
+        path = model if isinstance(model, str) else model.config.name_or_path
+        options = cast("dict[str, Any]", args.model_init_kwargs or {})
+        try:
+            given = AutoTokenizer.from_pretrained(
+                path, revision=options.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer in {path!r}; pass processing_class.") from error
+    if not isinstance(given, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class must be a tokenizer, got {type(given).__name__}.")
+    if given.pad_token is None:
+        if given.eos_token is None:
+            raise ValueError("the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token.")
+        given.pad_token = given.eos_token
+    return given
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel | PeftModel) -> None:
+    embedded = policy.config.get_text_config().vocab_size
+    if len(tokenizer) > embedded:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {embedded}; use the model's own "
+            "tokenizer, or resize_token_embeddings."
+        )
+
+
+def check_arguments(model: Any, ref_model: Any, args: Any, compute_metrics: Any) -> None:
+    """Refuse what cannot work, and set what follows from the batch layout, before anything is loaded."""
+    if not isinstance(args, DPOConfig):
+        raise TypeError(f"args must be a fastdpo DPOConfig, got {type(args).__name__}.")
+    if ref_model is model and not isinstance(model, str):
+        raise ValueError("model and ref_model are the same object; leave ref_model out to get a frozen copy.")
+    if compute_metrics is not None:
+        raise ValueError("compute_metrics is not supported: it needs the logits of every token, which are never built.")
+    if args.use_liger_kernel:
+        options = dict(cast("dict[str, bool] | None", args.liger_kernel_config) or {})
+        if options.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "liger_kernel_config: fused_linear_cross_entropy replaces the model's forward, which computes "
+                "the log-probs here; leave it out."
+            )
+        args.liger_kernel_config = {**options, "fused_linear_cross_entropy": False}
+    # dispatching would cut a batch's tensors at row counts, and ours have several
+    cast(Any, args.accelerator_config).dispatch_batches = False

@@ -1,0 +1,299 @@
+"""`DPOTrainer`: transformers' `Trainer` with DPO's loss, reference, metrics and crash-safe checkpoints."""
+
+import logging
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import SaveStrategy
+
+from fastdpo.data.collate import DataCollatorForPreference
+from fastdpo.data.formats import normalize_dataset
+from fastdpo.data.tokenize import ID_COLUMNS, KEPT_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.losses import PairLogps, preference_loss
+from fastdpo.ops.sequence import segment_sum
+from fastdpo.training import metrics
+from fastdpo.training.config import DPOConfig
+from fastdpo.training.crash_safe import SafeCheckpointTrainer
+from fastdpo.training.logprob_forward import STATISTICS, LogprobForward
+from fastdpo.training.models import (
+    check_arguments,
+    check_vocabulary,
+    disable_dropout,
+    load_policy,
+    load_tokenizer,
+)
+from fastdpo.training.reference_policy import make_reference
+
+logger = logging.getLogger(__name__)
+
+PairDataset = Dataset | IterableDataset
+Model = PreTrainedModel | PeftModel
+
+
+class DPOTrainer(SafeCheckpointTrainer):
+    """Trains a causal language model on preference pairs; the constructor's order is TRL 1.16's.
+
+    Args:
+        model: the policy: a path, a loaded causal LM, or one with a PEFT adapter.
+        ref_model: the reference, a path or a loaded model. Left out: a frozen copy of the starting policy,
+            or, with an adapter, the base model.
+        args: a `DPOConfig`; left out, its defaults.
+        data_collator: left out, `DataCollatorForPreference`.
+        train_dataset, eval_dataset: preference pairs in any format that `normalize_dataset` takes, or
+            tokenized; `eval_dataset` may be a dict of them. An `IterableDataset` needs `args.max_steps`.
+        processing_class: the tokenizer (`tokenizer=` is accepted too); left out, the model's own.
+        peft_config: train a fresh adapter of this kind.
+
+    Attributes:
+        reference_description: one line that says what the reference is.
+        tokenize_reports: counts of kept, dropped and truncated rows for each dataset.
+
+    Raises:
+        ValueError, TypeError, DataError: one sentence each, before the weights are loaded where possible.
+    """
+
+    # Trainer divides the loss by the accumulation steps (before 5.19: model_accepts_loss_kwargs, below)
+    loss_is_scaled_for_ga = False
+    args: DPOConfig
+
+    def __init__(
+        self,
+        model: str | Model,
+        ref_model: str | Model | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: PairDataset | None = None,
+        eval_dataset: PairDataset | dict[str, PairDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        args = DPOConfig() if args is None else args
+        check_arguments(model, ref_model, args, compute_metrics)
+        self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
+        self.tokenize_reports: dict[str, TokenizeReport] = {}
+        if train_dataset is not None:
+            train_dataset = self._prepare_dataset(train_dataset, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {k: self._prepare_dataset(v, args, k) for k, v in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_dataset(eval_dataset, args, "eval")
+        if data_collator is None:
+            data_collator = DataCollatorForPreference(
+                pad_token_id=cast(int, self.tokenizer.pad_token_id),
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=cast("int | None", args.pad_to_multiple_of),
+            )
+
+        policy = load_policy(model, args, peft_config, quantization_config)
+        check_vocabulary(self.tokenizer, policy)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        self._use_cache = policy.config.use_cache
+        checkpointing = cast("dict[str, Any]", args.gradient_checkpointing_kwargs or {})
+        if isinstance(policy, PeftModel) and checkpointing.get("use_reentrant"):
+            # re-entrant checkpointing drops the gradient where no input of a block asks for one
+            policy.enable_input_require_grads()
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=cast(Any, train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
+            processing_class=self.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; start "
+                "with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        # every call of ours says use_cache=False, so the config need not change
+        policy.config.use_cache = self._use_cache
+        self.model_accepts_loss_kwargs = False
+        self._logprob_forward = LogprobForward(policy)
+        self._logprob_forward.check()
+        self._reference = make_reference(policy, ref_model, args, lambda: self.accelerator.autocast())
+        self.reference_description = self._reference.description
+        if self.args.should_log:
+            logger.warning(f"reference: {self.reference_description}.")
+        self._sums = {"train": metrics.MetricSums(), "eval": metrics.MetricSums()}
+        self._num_tokens = 0
+
+    def _prepare_dataset(self, dataset: PairDataset, args: DPOConfig, name: str) -> PairDataset:
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}."
+            )
+        if isinstance(dataset, Dataset):
+            dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
+        dataset, report = tokenize_dataset(
+            dataset,
+            self.tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        self.tokenize_reports[name] = report
+        cut = (report.dropped_long_prompt, report.truncated_chosen, report.truncated_rejected)
+        logger.log(logging.WARNING if any(cut) else logging.INFO, str(report))
+        return dataset
+
+    # what Trainer would ask the model's signature for
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*ID_COLUMNS, *KEPT_COLUMNS]
+
+    # the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
+        call = {k: v for k, v in inputs.items() if k not in ("rows", "targets", "offsets")}
+        call |= {"logprob_rows": inputs["rows"], "logprob_targets": inputs["targets"]}
+        with self._logprob_forward.installed():
+            # the reference goes first: the policy's activations are not in memory yet
+            reference = self._reference(cast(Model, self.model), call)
+            policy = model(**call, logprob_stats=STATISTICS)
+        offsets = inputs["offsets"].to(policy["logprob"].device)
+        lengths = offsets.diff()
+
+        def per_side(token_values: Tensor) -> tuple[Tensor, Tensor]:
+            chosen, rejected = segment_sum(token_values, offsets).chunk(2)
+            return chosen, rejected
+
+        sums = (*per_side(policy["logprob"]), *per_side(reference.to(offsets.device)))
+        chosen_len, rejected_len = lengths.chunk(2)
+        if self.args.average_log_prob:
+            counts = (chosen_len.clamp(min=1), rejected_len.clamp(min=1)) * 2
+            # without lengths: a loss that divides by them must not do so twice
+            logps = PairLogps(*(total / count for total, count in zip(sums, counts, strict=True)))
+        else:
+            logps = PairLogps(*sums, chosen_len=chosen_len, rejected_len=rejected_len)
+        output = preference_loss(
+            logps,
+            self.args.loss_type,
+            self.args.beta,
+            label_smoothing=self.args.label_smoothing,
+            loss_weights=self.args.loss_weights,
+        )
+        loss = output.losses.mean()
+        with torch.no_grad():
+            statistics = {name: per_side(policy[name].detach().to(loss.dtype)) for name in STATISTICS}
+            table = metrics.per_pair_table(
+                {
+                    "chosen_tokens": chosen_len,
+                    "rejected_tokens": rejected_len,
+                    "num_tokens": inputs["attention_mask"].to(offsets.device).sum(1).view(2, -1).sum(0),
+                    "loss": output.losses,
+                    "rewards/chosen": output.chosen_rewards,
+                    "rewards/rejected": output.rejected_rewards,
+                    "rewards/accuracies": output.chosen_rewards > output.rejected_rewards,
+                    "rewards/margins": output.chosen_rewards - output.rejected_rewards,
+                    "logps/chosen": logps.chosen,
+                    "logps/rejected": logps.rejected,
+                    "logits/chosen": statistics["mean_logit"][0],
+                    "logits/rejected": statistics["mean_logit"][1],
+                    "entropy": statistics["entropy"][0] + statistics["entropy"][1],
+                    "mean_token_accuracy": statistics["is_top1"][0],
+                }
+            )
+            if cast(Model, self.model).training:
+                self._sums["train"].add(table)
+            else:
+                # drops the pairs that accelerate repeats to fill the last batch
+                self._sums["eval"].add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
+        return (loss, table) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # Trainer's own computes a loss only where a batch has labels
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    # metrics
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`; a dataset given here may hold text or messages."""
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            eval_dataset = self._prepare_dataset(eval_dataset, self.args, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._sums["eval"].clear()
+        with self._logprob_forward.installed():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # the loss too: Trainer's mean counts the pairs that fill the last batch of several processes
+        totals = self._sums["eval"].tensor(self.args.device).tolist()
+        cast(dict, output.metrics).update({f"{metric_key_prefix}_{k}": v for k, v in metrics.averages(totals).items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed."""
+        if "loss" in logs:
+            totals = self._train_totals()
+            self._sums["train"].clear()
+            self._num_tokens += int(totals[metrics.COLUMNS.index("num_tokens")])
+            # the loss is Trainer's: what was optimized, accumulation steps weighing the same
+            logs.update({**metrics.averages(totals), "loss": logs["loss"], "num_tokens": self._num_tokens})
+        super().log(logs, start_time)
+
+    def _train_totals(self) -> list[float]:
+        sums = self._sums["train"].tensor(self.args.device)
+        return cast(Tensor, self.accelerator.reduce(sums.clone(), reduction="sum")).tolist()
+
+    # training and resuming
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; where checkpoints are saved, output_dir gets the final model or adapter and the tokenizer.
+
+        Afterwards the policy's `forward` and `config.use_cache` are as they were found.
+        """
+        with self._logprob_forward.installed():
+            output = super().train(*args, **kwargs)
+        cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
+        if self.args.save_strategy != SaveStrategy.NO:
+            self.save_model()
+        return output
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"num_tokens": self._num_tokens, "metric_sums": self._train_totals()}
+
+    def load_extra_state(self, state: dict[str, Any] | None) -> None:
+        self._num_tokens = state["num_tokens"] if state else 0
+        self._sums["train"].clear()
+        # the sums of all processes go on in one of them
+        if state and self.args.process_index == 0:
+            self._sums["train"].load(state["metric_sums"], self.args.device)

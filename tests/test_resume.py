@@ -1,0 +1,423 @@
+"""A run that is killed and resumed logs what an undisturbed one logs; half-written checkpoints are never used."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from fastdpo.training import checkpoints
+from fastdpo.training.config import DPOConfig
+from fastdpo.training.files import write_atomic
+from fastdpo.training.trainer import DPOTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 61
+STEPS = 12
+# the first logged loss after a resume averages steps from before and after the checkpoint
+OPTIONS: dict[str, Any] = {"max_steps": STEPS, "save_steps": 4, "logging_steps": 3}
+
+
+class Killed(Exception):
+    """Stands for a kill inside one process."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """The model is too small for more: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(folder: Path, peft: bool = False, callbacks: Any = None, **options: Any) -> DPOTrainer:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.2,
+            attention_dropout=0.1,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+
+    def ids() -> list[int]:
+        length = int(torch.randint(2, 9, (), generator=generator))
+        return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+
+    rows = [{"prompt_ids": ids(), "chosen_ids": [*ids(), 0], "rejected_ids": [*ids(), 0]} for _ in range(18)]
+    words = {"</s>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")), eos_token="</s>", unk_token="w1"
+    )
+    args = DPOConfig(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": False,
+            # random numbers are drawn at every step, so that a wrong generator state shows
+            "disable_dropout": False,
+            "learning_rate": 1e-2,
+            **OPTIONS,
+            **options,
+        }
+    )
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    return DPOTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=adapter if peft else None,
+    )
+
+
+def history(folder: Path, step: int = STEPS) -> list[dict[str, float]]:
+    """The logged lines without what depends on the clock."""
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [line for line in state["log_history"] if "loss" in line]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    torch.set_num_threads(1)
+    folders = {peft: tmp_path_factory.mktemp(f"undisturbed-{peft}") for peft in (False, True)}
+    for peft, folder in folders.items():
+        make(folder, peft).train()
+    return folders
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_resumed_run_logs_the_same(tmp_path: Path, undisturbed: dict[bool, Path], peft: bool) -> None:
+    with pytest.raises(Killed):
+        make(tmp_path, peft, [KillAt(11)]).train()
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
+    trainer = make(tmp_path, peft)
+    output = trainer.train(resume_from_checkpoint=True)
+    wanted = history(undisturbed[peft])
+    assert [line["step"] for line in wanted] == [3, 6, 9, 12]
+    assert history(tmp_path) == wanted
+    assert len({line["loss"] for line in wanted}) == 4
+    name = "adapter_model.safetensors" if peft else "model.safetensors"
+    resumed, whole = load_file(tmp_path / name), load_file(undisturbed[peft] / name)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    if not hasattr(trainer, "_initial_global_step"):
+        return  # an older transformers divides by the steps of all calls
+    # the mean over this call's steps, 9 to 12: not step 7 and 8, which the restored sum holds
+    assert output.training_loss == pytest.approx(mean_of_steps(tmp_path.parent / "each", peft, 9), rel=1e-5)
+
+
+def mean_of_steps(folder: Path, peft: bool, first: int) -> float:
+    trainer = make(folder, peft, logging_steps=1, save_strategy="no")
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line][first - 1 :]
+    return sum(losses) / len(losses)
+
+
+def test_without_the_saved_sums_the_first_loss_would_be_wrong(
+    tmp_path: Path, undisturbed: dict[bool, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(undisturbed[False] / "checkpoint-8", tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-8" / checkpoints.STATE_NAME).unlink()
+    make(tmp_path).train(resume_from_checkpoint=True)
+    assert any("has no fastdpo_state.json" in line for line in caplog.messages)
+    ours, wanted = history(tmp_path), history(undisturbed[False])
+    assert ours[2]["loss"] != wanted[2]["loss"]
+    assert ours[3]["loss"] == wanted[3]["loss"]
+
+
+def test_kill_while_a_checkpoint_is_written(
+    tmp_path: Path,
+    undisturbed: dict[bool, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def die(self: DPOTrainer, folder: str) -> None:
+        if self.state.global_step == 8:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DPOTrainer, "_save_scaler", die)
+        with pytest.raises(Killed):
+            make(tmp_path).train()
+    # weights and optimizer are there already, the rest is not
+    assert names(tmp_path) == ["_incomplete-checkpoint-8", "checkpoint-4"]
+    assert (tmp_path / "_incomplete-checkpoint-8" / "checkpoint-8" / "model.safetensors").is_file()
+    with caplog.at_level(logging.WARNING, logger="fastdpo"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    assert any("removed _incomplete-checkpoint-8" in line for line in caplog.messages)
+    assert any(line.endswith("checkpoint-4.") and "going on from" in line for line in caplog.messages)
+    assert history(tmp_path) == history(undisturbed[False])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("trainer_state.json", "remove", "trainer_state.json is missing"),
+        ("trainer_state.json", "cut", "trainer_state.json is not readable"),
+        ("model.safetensors", "remove", "the weights are missing"),
+        ("model.safetensors", "cut", "model.safetensors is not readable"),
+        ("optimizer.pt", "remove", "optimizer.pt is missing"),
+        ("optimizer.pt", "cut", "optimizer.pt is not readable"),
+        ("scheduler.pt", "cut", "scheduler.pt is not readable"),
+        ("rng_state.pth", "remove", "rng_state.pth is missing"),
+    ],
+)
+def test_incomplete_checkpoint_is_passed_over_and_named(
+    tmp_path: Path,
+    undisturbed: dict[bool, Path],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    damage: str,
+    reason: str,
+) -> None:
+    for step in (4, 8):
+        shutil.copytree(undisturbed[False] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    path = tmp_path / "checkpoint-8" / name
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    found = checkpoints.resolve_resume(True, tmp_path)
+    assert found == str(tmp_path / "checkpoint-4")
+    assert any(f"passed over {tmp_path / 'checkpoint-8'}: {reason}" in line for line in caplog.messages)
+    with pytest.raises(ValueError, match=f"cannot resume from .*checkpoint-8: {reason}"):
+        checkpoints.resolve_resume(str(tmp_path / "checkpoint-8"), tmp_path)
+
+
+def test_training_goes_past_an_incomplete_checkpoint(tmp_path: Path, undisturbed: dict[bool, Path]) -> None:
+    for step in (4, 8):
+        shutil.copytree(undisturbed[False] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    # as transformers leaves it: weights, and no state
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    make(tmp_path).train(resume_from_checkpoint=True)
+    assert history(tmp_path) == history(undisturbed[False])
+    assert checkpoints.incomplete_reason(tmp_path / "checkpoint-8") is None
+
+
+def test_resume_without_a_checkpoint_starts_from_scratch(
+    tmp_path: Path, undisturbed: dict[bool, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path / "new").train(resume_from_checkpoint=True)
+    assert any("starting from scratch" in line for line in caplog.messages)
+    assert history(tmp_path / "new") == history(undisturbed[False])
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, undisturbed: dict[bool, Path]) -> None:
+    shutil.copytree(undisturbed[False], tmp_path / "done")
+    trainer = make(tmp_path / "done")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == STEPS
+    assert history(tmp_path / "done") == history(undisturbed[False])
+    weights = load_file(tmp_path / "done" / "model.safetensors")
+    wanted = load_file(undisturbed[False] / "model.safetensors")
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
+def test_save_total_limit_keeps_the_newest(tmp_path: Path) -> None:
+    make(tmp_path, save_steps=2, save_total_limit=2).train()
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-12"]
+
+
+def test_rotation_protects_the_best_and_goes_by_age(tmp_path: Path) -> None:
+    for age, step in enumerate((90, 2, 4, 6)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (1000 + age, 1000 + age))
+    checkpoints.rotate(tmp_path, 2, [tmp_path / "checkpoint-6", tmp_path / "checkpoint-2"])
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+    checkpoints.rotate(tmp_path, None, [])
+    assert len(names(tmp_path)) == 2
+
+
+def test_sharded_weights_and_adapter_folders_count_as_weights(tmp_path: Path, undisturbed: dict[bool, Path]) -> None:
+    folder = tmp_path / "checkpoint-8"
+    shutil.copytree(undisturbed[False] / "checkpoint-8", folder)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.zeros(2)}, folder / "model-1-of-2.safetensors")
+    assert checkpoints.incomplete_reason(folder) == "model-2-of-2.safetensors is missing"
+    save_file({"b": torch.zeros(2)}, folder / "model-2-of-2.safetensors")
+    assert checkpoints.incomplete_reason(folder) is None
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "policy").mkdir()
+    save_file({"a": torch.zeros(2)}, folder / "policy" / "adapter_model.safetensors")
+    assert checkpoints.incomplete_reason(folder) is None
+
+
+def test_a_used_folder_is_named_when_training_starts_anew(
+    tmp_path: Path, undisturbed: dict[bool, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(undisturbed[False] / "checkpoint-8", tmp_path / "checkpoint-8")
+    make(tmp_path, max_steps=1).train()
+    assert any("checkpoints of an earlier run, up to checkpoint-8" in line for line in caplog.messages)
+
+
+def test_write_atomic_leaves_the_old_content_on_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        write_atomic(path, b"new")
+    assert path.read_text() == "old"
+    assert [item.name for item in path.parent.iterdir()] == ["file.txt"]
+
+
+SCRIPT = """
+import importlib.util, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("resume_tests", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+class Ready(module.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        print("step", state.global_step, flush=True)
+
+options = dict(max_steps=int(sys.argv[3]), save_steps=int(sys.argv[4]), save_total_limit=3)
+module.make(Path(sys.argv[2]), callbacks=[Ready()], **options).train(resume_from_checkpoint=True)
+"""
+
+
+def start(folder: Path, steps: int, save_steps: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, __file__, str(folder), str(steps), str(save_steps)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def kill_after(process: subprocess.Popen[str], steps: int, delay: float) -> None:
+    """SIGKILL `delay` seconds after the process has printed `steps` steps."""
+    assert process.stdout is not None
+    seen = 0
+    for line in process.stdout:
+        seen += line.startswith("step")
+        if seen == steps:
+            break
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a Unix signal")
+def test_sigkill_and_resume(tmp_path: Path) -> None:
+    steps = 40
+    make(tmp_path / "whole", max_steps=steps, save_steps=3).train()
+    process = start(tmp_path / "killed", steps, 3)
+    kill_after(process, 5, 0.02)
+    assert process.returncode == -signal.SIGKILL
+    done = checkpoints.checkpoints_by_step(tmp_path / "killed")
+    assert done
+    assert done[-1][0] < steps - 1
+    make(tmp_path / "killed", max_steps=steps, save_steps=3).train(resume_from_checkpoint=True)
+    assert history(tmp_path / "killed", steps) == history(tmp_path / "whole", steps)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a Unix signal")
+def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
+    steps, kills = 2000, 20
+    chance = random.Random(0)
+    inside_a_save = 0
+    for _ in range(kills):
+        process = start(tmp_path / "killed", steps, 1)
+        # a save at every step: most moments are inside one
+        kill_after(process, 1, chance.uniform(0.0, 1.0))
+        assert process.returncode == -signal.SIGKILL, "the run ended before the kill; give it more steps"
+        inside_a_save += any(name.startswith("_") for name in names(tmp_path / "killed"))
+        for _, path in checkpoints.checkpoints_by_step(tmp_path / "killed"):
+            assert checkpoints.incomplete_reason(path) is None
+    assert inside_a_save >= kills // 4
+    last = checkpoints.checkpoints_by_step(tmp_path / "killed")[-1][0]
+    assert last >= kills
+    end = 3 * (last // 3) + 6
+    # the learning rate follows max_steps, so both runs plan `steps` and stop early
+    for folder in ("killed", "whole"):
+        stop = [KillAt(end + 1)]
+        with pytest.raises(Killed):
+            make(tmp_path / folder, callbacks=stop, max_steps=steps, save_steps=3, save_total_limit=3).train(
+                resume_from_checkpoint=True
+            )
+    assert history(tmp_path / "killed", end) == history(tmp_path / "whole", end)
+
+
+TWO_PROCESSES = """
+import importlib.util, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("resume_tests", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+options = dict(per_device_train_batch_size=1, disable_dropout=True, ddp_find_unused_parameters=False)
+stop = [module.KillAt(int(sys.argv[3]))] if len(sys.argv) > 3 else None
+try:
+    module.make(Path(sys.argv[2]), callbacks=stop, **options).train(resume_from_checkpoint=True)
+except module.Killed:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_log_what_one_logs_also_when_resumed(tmp_path: Path) -> None:
+    make(tmp_path / "one", per_device_train_batch_size=2, disable_dropout=True).train()
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for folder, stop in (("two", []), ("killed", ["7"]), ("killed", [])):
+        subprocess.run(
+            [*launcher, __file__, str(tmp_path / folder), *stop],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            timeout=200,
+        )
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert history(tmp_path / "killed") == two
+    for mine, other in zip(two, one, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
