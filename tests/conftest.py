@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._device
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 MIB = 1 << 20
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
-MAX_COLS_CPU = 8192  # a product of a narrow tile pays a fixed cost in oneDNN; a wide one leaves the cache
+MAX_COLS_CPU = 4096  # narrower tiles pay a fixed cost per product in oneDNN, wider ones leave the cache
 COL_QUANTUM = 128
 ONEDNN_SCRATCH = 64 << 10  # what a bf16 product allocates beyond the copies of its operands
 

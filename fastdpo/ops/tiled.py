@@ -122,6 +122,7 @@ def forward(
             if kept is not None and bases is not None:
                 kept[block, columns] = e
                 bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
+                e = kept[block, columns]
             if directions:
                 _accumulate(sums, size, index == 0, e, z, weight, state, head, columns)
         if directions:
@@ -234,13 +235,16 @@ def backward_head(
     row = _row_gradient(saved, upstream, upstream_entropy)
     dw = torch.empty_like(head.weight) if needs.weight else None
     db = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
+    # one row block: the block of dW is one product, rounded once, by the GEMM itself
+    once = dw is not None and n <= plan.rows and rounds_in_gemm(device, head.compute, dw.dtype)
+    if dw is not None and once and n and saved.kept is not None and device.type == "cpu":
+        _kept_products(dw, db, hidden, labels, rows, how, plan, head, saved, row)
+        return dw, db
     e_dtype = tiles.e_dtype(head.compute, acc)
     e_space = torch.empty((plan.rows, plan.cols), dtype=e_dtype, device=device)
     recompute = saved.kept is None
     same = e_dtype == acc and row.entropy is None
     z_space = e_space if same or not recompute else torch.empty_like(e_space, dtype=acc)
-    # one row block: the block of dW is one product, rounded once, by the GEMM itself
-    once = dw is not None and n <= plan.rows and rounds_in_gemm(device, head.compute, dw.dtype)
     narrow = take_rows(hidden, rows, slice(0, n), head, wide=False) if once else None
     w_space = head.space(plan.cols) if recompute else None
     dw_space = torch.empty((0 if once else plan.cols, h), dtype=acc, device=device)
@@ -264,9 +268,7 @@ def backward_head(
                 assert saved.bases is not None
                 # kept is relative to its block's maximum, and so at most 1: the rescale cannot overflow
                 scale = torch.exp(saved.bases[index, block] - part.m) * part.others * how.slope
-                target = part.target * how.slope
-                if saved.zy is not None:
-                    target = target * curve_of(saved.zy[block].clone(), how)
+                target = _target_gradient(saved, part, block, how)
                 tiles.dlogits_kept(saved.kept[block, columns], e, label, scale, target)
             if dw is not None and narrow is not None:
                 torch.mm(e.to(head.compute).t(), narrow, out=dw[columns])
@@ -280,6 +282,45 @@ def backward_head(
         if db is not None and bias_sums is not None:
             db[columns] = bias_sums
     return dw, db
+
+
+def _target_gradient(saved: Saved, row: RowGradient, block: slice, how: Logits) -> Tensor:
+    """d loss / d product at the target's column, (n,), from what is kept."""
+    target = row.target * how.slope
+    return target if saved.zy is None else target * curve_of(saved.zy[block].clone(), how)
+
+
+def _kept_products(
+    dw: Tensor,
+    db: Tensor | None,
+    hidden: Tensor,
+    labels: Tensor,
+    rows: Tensor | None,
+    how: Logits,
+    plan: Plan,
+    head: Head,
+    saved: Saved,
+    row: RowGradient,
+) -> None:
+    """dW (and db) of one row block on a CPU: kept^T @ (scaled hidden), no pass over the kept tile, targets added."""
+    assert saved.kept is not None
+    assert saved.bases is not None
+    everything = slice(0, len(labels))
+    wide = take_rows(hidden, rows, everything, head)
+    target = _target_gradient(saved, row, everything, how)
+    for index, columns in enumerate(blocks(len(dw), plan.cols)):
+        scale = torch.exp(saved.bases[index] - row.m) * row.others * how.slope
+        kept = saved.kept[:, columns].t()
+        torch.mm(kept, (wide * scale[:, None]).to(head.compute), out=dw[columns])
+        local = labels - columns.start
+        hit = ((local >= 0) & (local < len(kept))).nonzero()[:, 0]
+        # labels repeat: their terms are summed in fp32 and added once
+        token, place = local[hit].unique(return_inverse=True)
+        terms = wide.new_zeros((len(token), wide.shape[1])).index_add_(0, place, wide[hit] * target[hit, None])
+        dw[columns.start + token] = terms.add_(dw[columns.start + token]).to(dw.dtype)
+        if db is not None:
+            sums = torch.mv(kept, scale.to(head.compute)).to(head.acc)
+            db[columns] = sums.index_add_(0, local[hit], target[hit])
 
 
 def _row_gradient(saved: Saved, upstream: Tensor, upstream_entropy: Tensor | None) -> RowGradient:
