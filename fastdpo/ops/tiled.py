@@ -122,7 +122,8 @@ def forward(
             if kept is not None and bases is not None:
                 kept[block, columns] = e
                 bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
-                e = kept[block, columns]
+                if rounds_in_gemm(device, head.compute, head.compute):
+                    e = kept[block, columns]  # the next product would round it to the same
             if directions:
                 _accumulate(sums, size, index == 0, e, z, weight, state, head, columns)
         if directions:
