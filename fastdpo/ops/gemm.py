@@ -63,7 +63,11 @@ def rounds_in_gemm(device: torch.device, compute: torch.dtype, wanted: torch.dty
 
 @cache
 def _has_bf16_units() -> bool:
-    """oneDNN can multiply fp32 operands in bf16 (exact here: they hold bf16 numbers) and it pays on this CPU."""
+    """The CPU multiplies bf16, and oneDNN may be told to round fp32 operands to bf16 (exact here: they hold bf16).
+
+    With AMX such a product runs at bf16 speed; with AVX512_BF16 alone oneDNN 3.12 does it in fp32, still 1.2 times
+    faster than torch's default fp32 product.
+    """
     switch = getattr(torch.backends.mkldnn, "matmul", None)
     if switch is None or not hasattr(switch, "fp32_precision") or not torch.backends.mkldnn.is_available():
         return False

@@ -120,7 +120,7 @@ def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: in
     workspace = workspace_bytes() if workspace is None else workspace
     keep = keep_bytes() if keep is None else keep
     rows, cols = tile(shape, workspace)
-    kept_size = shape.n * shape.v * shape.compute + shape.n * _cdiv(shape.v, cols) * shape.acc
+    kept_size = shape.n * _cdiv(shape.v, cols) * (cols * shape.compute + shape.acc)
     if not needs.head:
         path = "one_pass" if needs.hidden else "stats"
     elif kept_size <= keep and not needs.entropy:

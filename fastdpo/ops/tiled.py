@@ -40,7 +40,7 @@ class Saved:
     s: Tensor | None = None  # (N,)
     zy: Tensor | None = None  # (N,) kept with a softcap only: the target's slope
     entropy: Tensor | None = None  # (N,)
-    kept: Tensor | None = None  # (N, V) exp(z - base), in the compute dtype
+    kept: Tensor | None = None  # (blocks, N, columns) exp(z - base) of each column block, in the compute dtype
     bases: Tensor | None = None  # (blocks, N) the base of each kept column block
 
 
@@ -104,7 +104,7 @@ def forward(
     sums = [torch.empty((plan.rows, h), dtype=acc, device=device) for _ in range(needs.directions)]
     kept = bases = None
     if plan.path == "kept":
-        kept = torch.empty((n, v), dtype=head.compute, device=device)
+        kept = torch.empty((-(-v // plan.cols), n, plan.cols), dtype=head.compute, device=device)
         bases = torch.empty((-(-v // plan.cols), n), dtype=acc, device=device)
 
     w_space = head.space(plan.cols)
@@ -120,10 +120,10 @@ def forward(
             mm_into(z, operand, weight.t(), head.compute)
             tiles.fold(z, e, label - columns.start, bias, state, how, write=plan.path != "stats")
             if kept is not None and bases is not None:
-                kept[block, columns] = e
+                kept[index, block, :width] = e
                 bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
                 if rounds_in_gemm(device, head.compute, head.compute):
-                    e = kept[block, columns]  # the next product would round it to the same
+                    e = kept[index, block, :width]  # the next product would round it to the same
             if directions:
                 _accumulate(sums, size, index == 0, e, z, weight, state, head, columns)
         if directions:
@@ -270,7 +270,7 @@ def backward_head(
                 # kept is relative to its block's maximum, and so at most 1: the rescale cannot overflow
                 scale = torch.exp(saved.bases[index, block] - part.m) * part.others * how.slope
                 target = _target_gradient(saved, part, block, how)
-                tiles.dlogits_kept(saved.kept[block, columns], e, label, scale, target)
+                tiles.dlogits_kept(saved.kept[index, block, :width], e, label, scale, target)
             if dw is not None and narrow is not None:
                 torch.mm(e.to(head.compute).t(), narrow, out=dw[columns])
             elif dw is not None and operand is not None:
@@ -311,7 +311,7 @@ def _kept_products(
     target = _target_gradient(saved, row, everything, how)
     for index, columns in enumerate(blocks(len(dw), plan.cols)):
         scale = torch.exp(saved.bases[index] - row.m) * row.others * how.slope
-        kept = saved.kept[:, columns].t()
+        kept = saved.kept[index, :, : columns.stop - columns.start].t()
         torch.mm(kept, (wide * scale[:, None]).to(head.compute), out=dw[columns])
         local = labels - columns.start
         hit = ((local >= 0) & (local < len(kept))).nonzero()[:, 0]
