@@ -4,6 +4,7 @@
 `PairLogps` and the options it names, and returns (B,).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from inspect import signature
@@ -114,11 +115,13 @@ def check_loss_options(
         ValueError: unknown loss, beta not positive, label_smoothing outside [0, 0.5) or given to a loss that
             has none, or a number of weights that differs from the number of losses.
     """
+    if not isinstance(loss_type, str | list | tuple):
+        raise ValueError(f"loss_type must be a name or a list of names, got {loss_type!r}.")
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     if not names:
         raise ValueError(f"loss_type is empty; choose from {', '.join(sorted(LOSSES))}.")
-    if not beta > 0:
-        raise ValueError(f"beta must be > 0, got {beta}; 0.1 is the usual start.")
+    if not (isinstance(beta, int | float) and 0 < beta < math.inf):
+        raise ValueError(f"beta must be a number > 0, got {beta!r}; 0.1 is the usual start.")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the share of flipped labels."
@@ -131,7 +134,11 @@ def check_loss_options(
                 f"it applies to {', '.join(takes)}."
             )
         loss_by_name(name)
-    weights = [1.0] * len(names) if loss_weights is None else [float(w) for w in loss_weights]
+    weights = [1.0] * len(names) if loss_weights is None else loss_weights
+    if not isinstance(weights, list | tuple) or not all(
+        isinstance(w, int | float) and 0 <= w < math.inf for w in weights
+    ):
+        raise ValueError(f"loss_weights must be a list of numbers >= 0, one for each loss, got {loss_weights!r}.")
     if len(weights) != len(names):
         raise ValueError(
             f"loss_weights has {len(weights)} numbers for {len(names)} losses ({', '.join(names)}); give one each."

@@ -128,21 +128,43 @@ class FusedLinearDPOLoss(DPOLoss):
         Raises:
             ValueError: neither or both of ref_hidden and ref_logps.
         """
-        if (ref_hidden is None) == (ref_logps is None):
-            raise ValueError("FusedLinearDPOLoss: pass either ref_hidden or ref_logps, the reference policy's.")
-        if hidden.dim() != 3 or labels.dim() != 2:
-            raise ValueError(
-                f"FusedLinearDPOLoss: hidden must be (2B, T, H) and labels (2B, T), got {tuple(hidden.shape)} and "
-                f"{tuple(labels.shape)}."
-            )
+        self._check(hidden, labels, ref_hidden, ref_weight, ref_bias, ref_logps)
         options = {"average": self.average, "ignore_index": self.ignore_index, **self.head}
         logps = sequence_logprob(hidden, weight, labels, bias=bias, **options)
         if ref_logps is None:
             assert ref_hidden is not None
             if ref_weight is None:
-                ref_weight, ref_bias = weight, bias
+                ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
             with torch.no_grad():
                 ref_logps = sequence_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
         scored = labels[:, 1:] if self.head["shift"] else labels
         lengths = None if self.average else (scored != self.ignore_index).sum(-1)
-        return super().forward(logps, ref_logps, lengths)
+        return super().forward(logps, ref_logps.detach(), lengths)
+
+    @staticmethod
+    def _check(
+        hidden: Tensor,
+        labels: Tensor,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        ref_logps: Tensor | None,
+    ) -> None:
+        what = "FusedLinearDPOLoss"
+        if (ref_hidden is None) == (ref_logps is None):
+            raise ValueError(f"{what}: pass either ref_hidden or ref_logps, the reference policy's.")
+        if ref_logps is not None and (ref_weight is not None or ref_bias is not None):
+            raise ValueError(f"{what}: ref_weight and ref_bias go with ref_hidden, and ref_logps was given.")
+        if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"{what}: hidden must be (2B, T, H) and labels (2B, T), got {tuple(hidden.shape)} and "
+                f"{tuple(labels.shape)}."
+            )
+        if len(hidden) == 0 or len(hidden) % 2:
+            raise ValueError(f"{what}: hidden must hold chosen rows and as many rejected rows, got {len(hidden)} rows.")
+        if ref_hidden is not None and ref_hidden.shape[:2] != labels.shape:
+            raise ValueError(
+                f"{what}: ref_hidden must be {tuple(labels.shape)} + (H,) like hidden, got {tuple(ref_hidden.shape)}."
+            )
+        if ref_logps is not None and ref_logps.shape != labels.shape[:1]:
+            raise ValueError(f"{what}: ref_logps must be ({len(labels)},), got {tuple(ref_logps.shape)}.")

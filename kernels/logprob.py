@@ -1,7 +1,7 @@
 """log_softmax(logits / T)[label] from logits that already exist, and its gradient.
 
-Forward: one read of (N, V), online maximum and sum over v != y; writes logp and lse, (N,) fp32.
-Backward: one read and one write; d = (onehot - p) * upstream / T, with 1 - p_y from logp (no cancellation).
+Forward: one read of (N, V), online maximum m and sum s over v != y, and z_y, (N,) fp32 each.
+Backward: one read and one write; d = (onehot - p) * upstream / T with p_v = exp(z_v - m) q / s, q = 1 - p_y.
 One program per row (forward), per row and column block (backward).
 """
 
@@ -16,7 +16,8 @@ NEG = tl.constexpr(-1.0e38)
 def _logprob_fwd_kernel(
     x_ptr,  # (N, V) logits
     label_ptr,  # (N,) int64, negative: ignored
-    d_ptr,  # (N,) fp32 out: log sum_{v != y} exp(z_v) - z_y
+    m_ptr,  # (N,) fp32 out: max over v != y of z_v
+    s_ptr,  # (N,) fp32 out: sum over v != y of exp(z_v - m)
     zy_ptr,  # (N,) fp32 out
     V,
     stride_x,
@@ -43,9 +44,9 @@ def _logprob_fwd_kernel(
     top = tl.max(m, 0)
     base = tl.where(top > 0.5 * NEG, top, 0.0)
     total = tl.sum(s * tl.exp(m - base), 0)
-    z_target = tl.sum(zy, 0)
-    tl.store(d_ptr + row, (top - z_target) + tl.log(total))
-    tl.store(zy_ptr + row, z_target)
+    tl.store(m_ptr + row, top)
+    tl.store(s_ptr + row, total)
+    tl.store(zy_ptr + row, tl.sum(zy, 0))
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -53,9 +54,9 @@ def _logprob_bwd_kernel(
     x_ptr,  # (N, V) logits
     dx_ptr,  # (N, V) out
     label_ptr,  # (N,) int64
-    lse_ptr,  # (N,) fp32
-    others_ptr,  # (N,) fp32: -upstream / T
-    target_ptr,  # (N,) fp32: upstream * (1 - p_y) / T
+    base_ptr,  # (N,) fp32: m, or 0 where there is none
+    others_ptr,  # (N,) fp32: -upstream * q / s / T
+    target_ptr,  # (N,) fp32: upstream * q / T
     V,
     stride_x,
     stride_dx,
@@ -66,30 +67,31 @@ def _logprob_bwd_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(label_ptr + row)
     z = tl.load(x_ptr + row * stride_x + cols, mask=cols < V, other=0.0).to(tl.float32) * inv_t
-    p = tl.exp(z - tl.load(lse_ptr + row))
+    z = tl.where((cols == label) | (cols >= V), NEG, z)
+    p = tl.exp(z - tl.load(base_ptr + row))
     d = tl.where(cols == label, tl.load(target_ptr + row), p * tl.load(others_ptr + row))
     d = tl.where(label >= 0, d, 0.0)
     tl.store(dx_ptr + row * stride_dx + cols, d.to(dx_ptr.dtype.element_ty), mask=cols < V)
 
 
-def logprob_fwd(logits: Tensor, labels: Tensor, inv_t: float, d: Tensor, zy: Tensor) -> None:
-    """Writes d = log sum_{v != y} exp(z_v) - z_y and z_y, (N,) fp32, of logits (N, V); last stride must be 1."""
+def logprob_fwd(logits: Tensor, labels: Tensor, inv_t: float, m: Tensor, s: Tensor, zy: Tensor) -> None:
+    """Writes maximum m and sum s over v != y, and z_y, (N,) fp32, of logits (N, V); last stride must be 1."""
     n, v = logits.shape
     block = min(4096, 1 << (v - 1).bit_length())
-    _logprob_fwd_kernel[(n,)](logits, labels, d, zy, v, logits.stride(0), inv_t, BLOCK=block, num_warps=8)
+    _logprob_fwd_kernel[(n,)](logits, labels, m, s, zy, v, logits.stride(0), inv_t, BLOCK=block, num_warps=8)
 
 
 def logprob_bwd(
-    logits: Tensor, dx: Tensor, labels: Tensor, lse: Tensor, others: Tensor, target: Tensor, inv_t: float
+    logits: Tensor, dx: Tensor, labels: Tensor, base: Tensor, others: Tensor, target: Tensor, inv_t: float
 ) -> None:
-    """dx (N, V) = exp(z - lse) * others off the target, `target` at it, 0 in rows with a negative label."""
+    """dx (N, V) = exp(z - base) * others off the target, `target` at it, 0 in rows with a negative label."""
     n, v = logits.shape
     block = min(4096, 1 << (v - 1).bit_length())
     _logprob_bwd_kernel[(n, triton.cdiv(v, block))](
         logits,
         dx,
         labels,
-        lse,
+        base,
         others,
         target,
         v,

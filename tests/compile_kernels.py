@@ -42,11 +42,11 @@ def sources() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             signature |= rows | sizes | scalars | {"slope": "fp32"}
             constants = {"BLOCK": 1024, **{flag: flag in on for flag in ("BIAS", "CAP", "ENTROPY", "KEPT")}}
             found[f"dlogits {e_type} {name}"] = (fold._dlogits_kernel, signature, constants, 4)
-        signature = {"x_ptr": f"*{e_type}", "label_ptr": "*i64", "d_ptr": "*fp32", "zy_ptr": "*fp32"}
+        signature = {"x_ptr": f"*{e_type}", "label_ptr": "*i64", "m_ptr": "*fp32", "s_ptr": "*fp32", "zy_ptr": "*fp32"}
         signature |= {"V": "i32", "stride_x": "i32", "inv_t": "fp32"}
         found[f"logprob_fwd {e_type}"] = (logprob._logprob_fwd_kernel, signature, {"BLOCK": 4096}, 8)
         signature = {"x_ptr": f"*{e_type}", "dx_ptr": f"*{e_type}", "label_ptr": "*i64"}
-        signature |= dict.fromkeys(("lse_ptr", "others_ptr", "target_ptr"), "*fp32")
+        signature |= dict.fromkeys(("base_ptr", "others_ptr", "target_ptr"), "*fp32")
         signature |= {"V": "i32", "stride_x": "i32", "stride_dx": "i32", "inv_t": "fp32"}
         found[f"logprob_bwd {e_type}"] = (logprob._logprob_bwd_kernel, signature, {"BLOCK": 4096}, 8)
     signature = {"value_ptr": "*fp32", "offset_ptr": "*i64", "out_ptr": "*fp32"}

@@ -6,12 +6,14 @@ with gaps of 3 to 16 nats a relative error of 1e-3 of the log-prob and 1.2e-2 (b
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastdpo.ops import reference
+from fastdpo.ops.call import Call
 from fastdpo.ops.linear_logprob import linear_logprob, linear_logprob_plan, linear_logprob_stats
 
 F64 = torch.float64
@@ -368,7 +370,9 @@ def test_what_is_not_wanted_is_not_computed(backend):
 
 
 def test_policy_and_reference_give_equal_bits(backend, monkeypatch):
-    hidden, weight, labels = planted(33, 48, 1003, torch.bfloat16)
+    # wide enough for the workspace to set the tile, which the statistics must not change
+    hidden, weight, labels = planted(33, 768, 1003, torch.bfloat16)
+    monkeypatch.setenv("FASTDPO_BACKEND", backend)
     for keep in ("0", "64"):
         monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
         with torch.no_grad():
@@ -377,6 +381,9 @@ def test_policy_and_reference_give_equal_bits(backend, monkeypatch):
             h = hidden.detach().requires_grad_()
             w = weight.detach().requires_grad_(needs_weight)
             assert torch.equal(linear_logprob(h, w, labels).detach(), stats)
+            for names in (("entropy",), ("mean_logit", "is_top1"), ("entropy", "log_sum_sq_probs", "lse")):
+                found = linear_logprob_stats(h, w, labels, stats=names, entropy_grad=False)
+                assert torch.equal(found.logprob.detach(), stats)
 
 
 def test_autocast_rounds_operands_and_nothing_else(backend):
@@ -401,6 +408,181 @@ def test_autocast_rounds_operands_and_nothing_else(backend):
     assert_rows_exact(h.grad, truth[1], 1.2e-2)
     # the control: unrounded operands give other numbers
     assert error(linear_logprob(hidden, weight, labels), truth[0]) > 1e-4
+
+
+def test_several_row_blocks_in_float64(monkeypatch):
+    monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "1")
+    n, h, v = 300, 256, 400
+    hidden, weight, labels = planted(n, h, v, F64, (-3.0, 6.0))
+    labels[::7] = -100
+    rows = torch.randint(0, n, (n,))
+    bias, up = torch.randn(v, dtype=F64), torch.randn(n, dtype=F64)
+
+    def defined(h, w, b):
+        return reference.linear_logprob(h, w, labels, bias=b, rows=rows, softcap=6.0)
+
+    truth = gradients(defined, hidden, weight, bias, up)
+    for keep in ("0", "64"):
+        monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
+        plan = linear_logprob_plan(hidden, weight.clone().requires_grad_(), labels, rows=rows, softcap=6.0)
+        assert plan.rows < 100
+        found = gradients(
+            lambda h, w, b: linear_logprob(h, w, labels, bias=b, rows=rows, softcap=6.0), hidden, weight, bias, up
+        )
+        for a, b in zip(found, truth, strict=True):
+            assert error(a, b) <= 1e-11
+
+
+@pytest.mark.parametrize("keep", ["0", "64"], ids=["recompute", "kept"])
+def test_several_row_blocks_in_bf16(backend, keep, monkeypatch):
+    monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
+    n = 96
+    hidden, weight, labels = planted(n, 1024, 300, torch.bfloat16)
+    up = torch.linspace(-1, 1, n)
+    truth = gradients(eager(labels, F64), hidden.to(F64), weight.to(F64), None, up, (True, True, False))
+    by_eager = gradients(eager(labels, torch.bfloat16), hidden, weight, None, up, (True, True, False))
+    assert linear_logprob_plan(hidden, weight, labels).rows < n
+    found = gradients(lambda h, w, _: linear_logprob(h, w, labels), hidden, weight, None, up, (True, True, False))
+    for a, b, t in zip(found[:3], by_eager[:3], truth[:3], strict=True):
+        assert_no_worse_than_eager(a, b, t)
+    assert_rows_exact(found[1], truth[1], ROW_BOUND[torch.bfloat16])
+
+
+def uncompacted(labels: Tensor, **options):
+    """The op as on a GPU, where ignored labels are not taken out first."""
+
+    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        call = Call.of(hidden, weight, labels, bias, None, 1.0, 1.0, None, -100, False, **options)
+        call = replace(call, labels=labels, rows=None, scored=labels != -100, places=None)
+        found = call.run(hidden, weight, bias)
+        return {name: call.spread(x, labels) for name, x in found.items()}
+
+    return op
+
+
+@pytest.mark.parametrize("keep", ["0", "64"], ids=["recompute", "kept"])
+def test_ignored_tokens_among_the_scored_ones(backend, keep, monkeypatch):
+    monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
+    hidden, weight, labels = planted(20, 24, 301, torch.float32, (-2.0, 6.0))
+    labels[::3] = -100
+    dirty = hidden.clone()
+    dirty[::3] = math.nan  # as attention leaves fully masked positions
+    up = torch.linspace(-1, 1, 20)
+    for stats in ((), ("entropy",)):
+        results = []
+        for make, states in ((uncompacted, dirty), (None, hidden)):
+            h, w = states.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+            if make:
+                found = make(labels, stats=stats, entropy_grad=True)(h, w, None)
+            else:
+                found = linear_logprob_stats(h, w, labels, stats=stats)._asdict()
+            loss = (found["logprob"] * up).sum() + (found["entropy"].sum() if stats else 0.0)
+            loss.backward()
+            results.append((found["logprob"].detach(), h.grad, w.grad))
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert bool((results[0][1][::3] == 0).all())
+
+
+def test_a_first_tile_without_any_possible_token(backend, monkeypatch):
+    monkeypatch.setenv("FASTDPO_KEEP_MB", "64")
+    n, h, v = 20, 64, 5000
+    hidden, weight = torch.randn(n, h) * 0.1, torch.randn(v, h)
+    bias = torch.full((v,), -200.0)
+    bias[:4096] = -math.inf
+    labels, up = torch.randint(4096, v, (n,)), torch.ones(n)
+    found = gradients(lambda h, w, b: linear_logprob(h, w, labels, bias=b), hidden, weight, bias, up)
+    truth = gradients(eager(labels, F64), hidden.to(F64), weight.to(F64), bias.to(F64), up)
+    for a, t in zip(found, truth, strict=True):
+        assert error(a, t) <= 1e-4
+
+
+def test_certain_tokens_keep_finite_entropy_gradients(backend):
+    weight = torch.randn(50, 8)
+    hidden = torch.stack([weight[3] * 100, weight[4] * 0.1]).requires_grad_()
+    weight.requires_grad_()
+    entropy = linear_logprob_stats(hidden, weight, torch.tensor([3, 4]), stats=("entropy",)).entropy
+    entropy.sum().backward()
+    assert bool(torch.isfinite(weight.grad).all())
+    assert bool(torch.isfinite(hidden.grad).all())
+
+
+def test_unlikely_targets_and_broken_states_show_as_they_are(backend):
+    hidden, weight = torch.randn(3, 8), torch.randn(60, 8)
+    bias = torch.zeros(60)
+    bias[7] = -1e6
+    stats = linear_logprob_stats(hidden, weight, torch.full((3,), 7), bias=bias, stats=("lse", "entropy"))
+    truth = reference.token_stats(reference.logits(hidden.to(F64), weight.to(F64), bias.to(F64)), torch.full((3,), 7))
+    assert error(stats.lse, truth["lse"]) <= 1e-5
+    assert error(stats.entropy, truth["entropy"]) <= 1e-5
+    hidden[1] = math.nan
+    broken = linear_logprob_stats(hidden, weight, torch.full((3,), 7), stats=("entropy", "lse", "mean_logit"))
+    for x in (broken.logprob, broken.entropy, broken.lse, broken.mean_logit):
+        assert torch.isnan(x).tolist() == [False, True, False]
+
+
+def test_a_bias_of_any_stride(backend):
+    hidden, weight, labels = planted(9, 16, 300, torch.float32)
+    column = torch.randn(300, 2)[:, 0]
+    assert torch.equal(
+        linear_logprob(hidden, weight, labels, bias=column),
+        linear_logprob(hidden, weight, labels, bias=column.contiguous()),
+    )
+
+
+def test_mean_logit_follows_the_weight():
+    hidden, weight, labels = (
+        torch.randn(4, 8),
+        torch.nn.Parameter(torch.randn(30, 8), requires_grad=False),
+        [0, 1, 2, 3],
+    )
+    for _ in range(2):
+        found = linear_logprob_stats(hidden, weight, torch.arange(4), stats=("mean_logit",)).mean_logit
+        assert torch.allclose(found, (hidden @ weight.t()).mean(1), atol=1e-5)
+        weight.data.mul_(0.4).add_(torch.randn(30, 8))
+
+
+def test_rows_changed_in_place_are_noticed():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    rows = torch.tensor([0, 1])
+    out = linear_logprob(hidden, weight, torch.tensor([1, 2]), rows=rows)
+    rows.fill_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_labels_on_request_are_checked_anywhere(monkeypatch):
+    monkeypatch.setenv("FASTDPO_CHECK", "1")
+    with pytest.raises(ValueError, match="label 9 is outside"):
+        linear_logprob(torch.randn(1, 4), torch.randn(9, 4), torch.tensor([9]))
+
+
+def test_reference_backend_gives_the_same_statistics(monkeypatch):
+    hidden, weight, labels = planted(9, 16, 300, torch.float32)
+    labels[2] = -100
+    rows, names = torch.randperm(9), ("entropy", "mean_logit", "is_top1", "lse", "log_sum_sq_probs")
+    tiled = linear_logprob_stats(hidden, weight, labels, rows=rows, stats=names)
+    monkeypatch.setenv("FASTDPO_BACKEND", "reference")
+    eagerly = linear_logprob_stats(hidden, weight, labels, rows=rows, stats=names)
+    for a, b in zip(tiled, eagerly, strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-4)
+
+
+def test_the_triton_backend_runs_triton(monkeypatch):
+    from fastdpo.kernels import fold
+    from fastdpo.ops import triton_tiles
+
+    launched = []
+    monkeypatch.setattr(triton_tiles, "fold_tile", lambda *a, **k: (launched.append("fold"), fold.fold_tile(*a, **k)))
+    monkeypatch.setattr(
+        triton_tiles, "dlogits_tile", lambda *a, **k: (launched.append("dlogits"), fold.dlogits_tile(*a, **k))
+    )
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(40, 8).requires_grad_(), torch.arange(5)
+    linear_logprob(hidden, weight, labels).sum().backward()
+    assert launched == []
+    monkeypatch.setenv("FASTDPO_BACKEND", "triton")
+    linear_logprob(hidden, weight, labels).sum().backward()
+    assert launched == ["fold", "dlogits"]
 
 
 def test_fp32_stays_fp32_whatever_the_global_precision(backend):
@@ -428,8 +610,11 @@ def test_fp32_stays_fp32_whatever_the_global_precision(backend):
         ({"bias": torch.randn(4)}, r"bias must be \(9,\) to match weight, got \(4,\)"),
         ({"rows": torch.tensor([0, 1, 3])}, r"rows must be in \[0, 3\), got values from 0 to 3"),
         ({"rows": torch.tensor([0, 1])}, r"labels and rows must both be \(M,\)"),
-        ({"temperature": 0.0}, r"temperature must be > 0, got 0.0"),
-        ({"softcap": -1.0}, r"softcap must be > 0 or None, got -1.0"),
+        ({"temperature": 0.0}, r"temperature must be > 0 and finite, got 0.0"),
+        ({"softcap": -1.0}, r"softcap must be > 0 and finite, or None, got -1.0"),
+        ({"softcap": math.inf}, r"softcap must be > 0 and finite, or None, got inf"),
+        ({"logit_scale": math.nan}, r"logit_scale must be finite, got nan"),
+        ({"hidden": torch.randn(3, 0), "weight": torch.randn(9, 0)}, r"hidden \(3, 0\) has no features"),
         ({"rows": torch.tensor([0, 1, 2]), "shift": True}, r"shift=True and rows exclude each other"),
     ],
 )
@@ -437,8 +622,15 @@ def test_bad_arguments_get_one_sentence(change, words):
     arguments = {"hidden": torch.randn(3, 4), "weight": torch.randn(9, 4), "labels": torch.tensor([0, 1, 2]), **change}
     with pytest.raises((TypeError, ValueError), match=words):
         linear_logprob(**arguments)
+
+
+def test_bad_names_get_one_sentence():
+    some = torch.randn(1, 2), torch.randn(3, 2), torch.tensor([0])
     with pytest.raises(ValueError, match="unknown name 'entropi'; choose from entropy"):
-        linear_logprob_stats(torch.randn(1, 2), torch.randn(3, 2), torch.tensor([0]), stats=("entropi",))
+        linear_logprob_stats(*some, stats=("entropi",))
+    assert linear_logprob_stats(*some, stats="lse").lse is not None
+    with pytest.raises(TypeError, match="unknown option 'sofcap'; choose from bias"):
+        linear_logprob_plan(*some, sofcap=3.0)
 
 
 def test_backend_switch_refuses_with_words(monkeypatch):

@@ -116,7 +116,7 @@ def test_calls_observations_and_tools():
             {**SHAREGPT, "chosen": {"from": "function_call", "value": "add"}},
             "`chosen.value` is not JSON text of a call",
         ),
-        ({**SHAREGPT, "tools": "[add"}, "`tools` is not JSON"),
+        ({**SHAREGPT, "tools": "[add"}, "`tools` holds broken JSON"),
     ],
 )
 def test_bad_rows(row, reason):
@@ -229,8 +229,44 @@ def test_entries_that_cannot_be_used(folder, name, said):
         load_preferences(name, dataset_dir=str(folder))
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "broken JSON"), ("[]", "holds list; wanted one object")])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"file_name": 5}, r"entry `math`: file_name is int; wanted text\.$"),
+        ({"hf_hub_url": ["x"]}, "entry `math`: hf_hub_url is list; wanted text"),
+        ({"file_name": "math.json", "split": 1}, "entry `math`: split is int; wanted text"),
+        ({"file_name": "math.json", "columns": ["a"]}, "entry `math`: columns is not an object"),
+        ({"file_name": "math.json", "columns": {"prompt": 1}}, "entry `math`: columns is not an object"),
+        ({"file_name": "math.json", "tags": "role"}, "entry `math`: tags is not an object"),
+    ],
+)
+def test_entries_of_wrong_types(folder, entry, said):
+    (folder / "dataset_info.json").write_text(json.dumps({"math": {**entry, "ranking": True}}))
+    with pytest.raises(DataError, match=said):
+        load_preferences("math", dataset_dir=str(folder))
+    if entry.get("file_name") == "math.json" and "split" not in entry:  # what the file beside it reads by, too
+        with pytest.raises(DataError, match=said):
+            load_preferences(str(folder / "math.json"))
+
+
+def test_a_null_in_columns_is_a_part_left_out(folder):
+    entry = {"file_name": "math.json", "ranking": True}
+    entry["columns"] = {"prompt": "q", "query": None, "chosen": "good", "rejected": "bad"}
+    (folder / "dataset_info.json").write_text(json.dumps({"math": entry}))
+    assert load_preferences("math", dataset_dir=str(folder))[0]["prompt"] == [user("Add")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{\n"a"', r"dataset_info\.json:2: broken JSON: Expecting ':' delimiter \(column 4\)"),
+        ("[]", "holds list; wanted one object"),
+        ("[" * 100_000, "JSON nested too deeply"),
+        (b"\xff", r"not UTF-8 text \(invalid start byte at byte 0\)"),
+    ],
+    ids=["broken", "list", "nested", "bytes"],
+)
 def test_a_broken_dataset_info(folder, text, said):
-    (folder / "dataset_info.json").write_text(text)
+    (folder / "dataset_info.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=said):
         load_preferences("math", dataset_dir=str(folder))

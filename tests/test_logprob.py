@@ -68,7 +68,8 @@ def test_bad_arguments_get_one_sentence():
         ({"labels": torch.tensor([0, 5, 1])}, r"label 5 is outside the vocabulary \[0, 5\)"),
         ({"labels": labels.float()}, r"labels must be int64, got torch.float32"),
         ({"logits": logits.long()}, r"logits must be float32.* got torch.int64"),
-        ({"temperature": -1.0}, r"temperature must be > 0, got -1.0"),
+        ({"logits": torch.zeros(3, 0)}, r"logits \(3, 0\) have no vocabulary"),
+        ({"temperature": -1.0}, r"temperature must be > 0 and finite, got -1.0"),
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             logprob(**{"logits": logits, "labels": labels, **change})
@@ -87,8 +88,16 @@ def test_segment_sum(backend):
     out.backward(up)
     assert values.grad is not None
     assert torch.equal(values.grad, torch.repeat_interleave(up, offsets.diff()))
-    with pytest.raises(ValueError, match=r"offsets \(S \+ 1,\) int64"):
-        segment_sum(values, offsets.float())
+    for wrong, words in (
+        (offsets.float(), r"offsets \(S \+ 1,\) int64"),
+        (torch.tensor([0, 3000, 7, 5000]), "from 0 to 5000.* not ascending"),
+        (torch.tensor([1, 5000]), "must ascend from 0 to 5000.* got 1 to 5000"),
+        (torch.tensor([0, 6000]), "got 0 to 6000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            segment_sum(values, wrong)
+    with pytest.raises(TypeError, match=r"must be floating point, got torch\.int64"):
+        segment_sum(offsets, torch.tensor([0, 6]))
     assert segment_sum(values[:0], torch.tensor([0, 0])).tolist() == [0.0]
 
 
@@ -117,3 +126,26 @@ def test_minus_infinity_elsewhere_is_certain(backend):
     found, grad = run(logprob, logits, torch.tensor([3, 3]), torch.ones(2))
     assert found.tolist() == [0.0, 0.0]
     assert bool((grad == 0).all())
+
+
+def test_sums_of_long_completions_lose_nothing(backend):
+    values = -torch.rand(8, 4096) * 3
+    truth = values.to(F64).sum(1)
+    found = segment_sum(values.flatten(), torch.arange(0, 8 * 4096 + 1, 4096))
+    assert float((found.to(F64) - truth).abs().max()) <= 2 * float((values.sum(1).to(F64) - truth).abs().max()) + 5e-4
+
+
+def test_unlikely_targets_and_offsets_keep_their_gradients(backend):
+    logits = torch.tensor([[5.0, 4.0, -1e9, 3.0], [5.0, 4.0, -math.inf, 3.0], [1.0, 2.0, 3.0, 4.0]])
+    _, grad = run(logprob, logits, torch.tensor([2, 2, 1]), torch.ones(3))
+    rest = torch.softmax(logits[0, [0, 1, 3]].to(F64), 0)
+    for row in grad[:2]:
+        assert torch.allclose(row[[0, 1, 3]].to(F64), -rest, atol=1e-6)
+        assert row[2] == 1
+    logits = torch.randn(20, 500) * 3 + 8192
+    labels, up = torch.randint(0, 500, (20,)), torch.ones(20)
+    _, grad = run(logprob, logits, labels, up)
+    _, by_eager = run(reference.logprob, logits, labels, up)
+    _, truth = run(reference.logprob, logits.to(F64), labels, up)
+    ours, theirs = (float((g.to(F64) - truth).abs().max()) for g in (grad, by_eager))
+    assert ours <= 2 * theirs + 1e-6

@@ -82,11 +82,15 @@ def test_step_zero_loss_is_ln_2_to_the_last_bit():
     ("arguments", "words"),
     [
         ({"loss_type": "sigmoi"}, r"unknown loss 'sigmoi'; choose from hinge, ipo, sigmoid. Did you mean 'sigmoid'\?"),
-        ({"loss_type": "sigmoid", "beta": 0.0}, r"beta must be > 0, got 0.0"),
+        ({"loss_type": "sigmoid", "beta": 0.0}, r"beta must be a number > 0, got 0.0"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, r"'hinge' has no label smoothing.*applies to sigmoid"),
         ({"loss_type": "sigmoid", "label_smoothing": 0.5}, r"must be in \[0, 0.5\), got 0.5"),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, r"1 numbers for 2 losses \(sigmoid, ipo\)"),
         ({"loss_type": []}, r"loss_type is empty"),
+        ({"loss_type": None}, r"loss_type must be a name or a list of names, got None"),
+        ({"loss_type": "sigmoid", "beta": math.inf}, r"beta must be a number > 0, got inf"),
+        ({"loss_type": "sigmoid", "loss_weights": [-1.0]}, r"must be a list of numbers >= 0, .* got \[-1.0\]"),
+        ({"loss_type": "sigmoid", "loss_weights": 1.0}, r"must be a list of numbers >= 0, .* got 1.0"),
     ],
 )
 def test_bad_options_get_one_sentence(arguments, words):
@@ -156,3 +160,24 @@ def test_fused_module_takes_precomputed_reference_and_shift():
     same, out = aligned(weight, hidden, labels, ref_hidden=hidden)
     assert torch.equal(same, torch.tensor(LN2))
     assert torch.equal(out.chosen_rewards, torch.zeros(1))
+
+
+def test_fused_module_checks_the_reference_at_the_door():
+    module, weight, hidden = FusedLinearDPOLoss(), torch.randn(30, 8), torch.randn(2, 6, 8)
+    labels = torch.randint(0, 30, (2, 6))
+    for change, words in (
+        ({"hidden": hidden[:1], "labels": labels[:1], "ref_hidden": hidden[:1]}, "as many rejected rows, got 1 rows"),
+        ({"ref_logps": torch.zeros(3)}, r"ref_logps must be \(2,\), got \(3,\)"),
+        ({"ref_logps": torch.zeros(2), "ref_weight": weight}, "ref_weight and ref_bias go with ref_hidden"),
+        ({"ref_hidden": hidden[:, :4]}, r"ref_hidden must be \(2, 6\) \+ \(H,\)"),
+        ({"labels": labels[:, :3], "ref_hidden": hidden}, r"hidden must be \(2B, T, H\) and labels \(2B, T\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            module(**{"weight": weight, "hidden": hidden, "labels": labels, **change})
+    # the reference's own bias is used beside the policy's weight
+    biased, _ = module(weight, hidden, labels, None, hidden, None, torch.randn(30))
+    assert not torch.equal(biased, torch.tensor(LN2))
+    ref_logps = torch.zeros(2, requires_grad=True)
+    loss, _ = module(weight.requires_grad_(), hidden, labels, ref_logps=ref_logps)
+    loss.backward()
+    assert ref_logps.grad is None

@@ -1,5 +1,6 @@
 """Checks of the op's arguments at the door: one sentence with what came, what was wanted and the fix."""
 
+import math
 import os
 
 import torch
@@ -29,6 +30,8 @@ def check_arguments(
         )
     if weight.shape[0] == 0:
         raise ValueError(f"{what}: weight has no rows, got {tuple(weight.shape)}; a vocabulary has at least one token.")
+    if weight.shape[1] == 0:
+        raise ValueError(f"{what}: hidden {tuple(hidden.shape)} has no features; its last dimension must not be 0.")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(
@@ -56,16 +59,19 @@ def check_arguments(
         raise ValueError(f"{what}: shift=True and rows exclude each other; rows already say which state predicts what.")
     if shift and labels.dim() < 1:
         raise ValueError(f"{what}: shift=True needs labels with a token dimension, got a scalar.")
-    if not temperature > 0:
-        raise ValueError(f"{what}: temperature must be > 0, got {temperature}.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{what}: softcap must be > 0 or None, got {softcap}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{what}: temperature must be > 0 and finite, got {temperature}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{what}: softcap must be > 0 and finite, or None, got {softcap}.")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{what}: logit_scale must be finite, got {logit_scale}.")
     _check_ranges(what, hidden, weight, labels, rows, ignore_index)
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"{what}: hidden is {hidden.dtype} and weight {weight.dtype}; cast one, or call under torch.autocast."
+            f"{what}: hidden is {hidden.dtype} and weight {weight.dtype}; cast one"
+            f"{'' if torch.float64 in (hidden.dtype, weight.dtype) else ', or call under torch.autocast'}."
         )
     return hidden.dtype
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastdpo.ops import reference, tiled
+from fastdpo.ops import reference
 from fastdpo.ops.arguments import check_arguments
 from fastdpo.ops.backend import choose_backend, logger
 from fastdpo.ops.function import LinearLogprob
@@ -32,7 +31,6 @@ class Call:
     compute: torch.dtype
     acc: torch.dtype
     backend: str
-    wants_mean: bool
 
     @staticmethod
     def of(
@@ -71,21 +69,21 @@ class Call:
                 flat = flat[places]
                 rows = places if rows is None else rows[places]
             scored = None
-        on_cpu = hidden.device.type == "cpu"
-        # without a softcap the mean logit needs no tile: it is h @ mean(W)
-        in_tile = frozenset(s for s in stats if s != "mean_logit" or softcap)
-        how = Logits(float(temperature), float(logit_scale), softcap, in_tile)
+        source_rows = hidden.shape[:-1].numel()
+        how = Logits(float(temperature), float(logit_scale), softcap, frozenset(stats))
         shape = Shape(
             n=len(flat),
             h=hidden.shape[-1],
             v=weight.shape[0],
-            source_rows=hidden.shape[:-1].numel(),
+            source_rows=source_rows,
+            gathered=rows is not None,
+            flattened=_copies_when_flat(hidden),
             compute=compute.itemsize,
             acc=acc.itemsize,
             hidden=hidden.element_size(),
             weight=weight.element_size(),
-            on_cpu=on_cpu,
-            extra_tiles=("entropy" in in_tile) + bool(softcap),
+            widened=hidden.device.type != "cuda",
+            extra_tiles=("entropy" in stats) + bool(softcap),
         )
         backend = choose_backend(hidden.device, compute)
         plan = make_plan(shape, needs)
@@ -102,7 +100,6 @@ class Call:
             compute,
             acc,
             backend,
-            "mean_logit" in stats and not softcap,
         )
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
@@ -111,10 +108,7 @@ class Call:
             if self.backend == "reference":
                 return self._eager(flat, weight, bias)
             names = ("logprob", *(s for s in STATS if s in self.how.stats))
-            found = dict(zip(names, LinearLogprob.apply(flat, weight, bias, self, names), strict=True))
-            if self.wants_mean:
-                found["mean_logit"] = self._mean_logit(flat, weight, bias)
-            return found
+            return dict(zip(names, LinearLogprob.apply(flat, weight, bias, self, names), strict=True))
 
     def spread(self, found: Tensor, labels: Tensor) -> Tensor:
         """Results back in the labels' shape, 0 where ignored."""
@@ -138,35 +132,13 @@ class Call:
         stats = reference.token_stats(z, labels)
         if not self.needs.entropy:
             stats["entropy"] = stats["entropy"].detach()
-        wanted = self.how.stats | ({"mean_logit"} if self.wants_mean else set())
-        out = {k: x if k == "entropy" else x.detach() for k, x in stats.items() if k in wanted}
+        out = {k: x if k == "entropy" else x.detach() for k, x in stats.items() if k in self.how.stats}
         return {"logprob": reference.logprob(z, labels), **out}
 
-    def _mean_logit(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Without a softcap the mean over v needs no tile: it is h @ mean(W) + mean(b)."""
-        with torch.no_grad():
-            column = _mean_column(weight, self)
-            mean = column.new_empty(len(self.labels))
-            head = tiled.Head(weight, bias, self.compute, self.acc)
-            for block in tiled.blocks(len(mean), self.plan.rows):
-                mean[block] = tiled.take_rows(hidden, self.rows, block, head).to(self.acc) @ column
-            if bias is not None:
-                mean += bias.to(self.acc).mean()
-            return mean.mul_(self.how.slope)
 
-
-# the mean row of a frozen head, with the version of the weight that it was taken from
-_MEANS = WeakTensorKeyDictionary()
-
-
-def _mean_column(weight: Tensor, call: Call) -> Tensor:
-    entry = _MEANS.get(weight)
-    if entry is not None and entry[0] == (weight._version, call.compute):
-        return entry[1]
-    total = torch.zeros(weight.shape[1], dtype=call.acc, device=weight.device)
-    for block in tiled.blocks(len(weight), call.plan.cols):
-        total += weight[block].to(call.compute).to(call.acc).sum(0)
-    mean = total.div_(len(weight))
-    if not weight.requires_grad:
-        _MEANS[weight] = ((weight._version, call.compute), mean)
-    return mean
+def _copies_when_flat(hidden: Tensor) -> bool:
+    try:
+        hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        return True
+    return False

@@ -22,14 +22,16 @@ class LinearLogprob(torch.autograd.Function):
         head = tiled.Head(weight, bias, call.compute, call.acc)
         tiles = _tiles(call.backend)
         labels = call.labels if call.scored is None else call.labels.where(call.scored, -1)
-        found, saved = tiled.forward(tiles, hidden, head, labels, call.rows, call.how, call.plan, call.needs)
+        tokens = tiled.Tokens(hidden, labels, call.rows, ignored=call.scored is not None)
+        found, saved = tiled.forward(tiles, tokens, head, call.how, call.plan, call.needs)
         if call.scored is not None:
             saved.q = saved.q.where(call.scored, 0.0)
         ctx.call = call
         ctx.names = names
         ctx.saved_names = [name for name, x in vars(saved).items() if x is not None]
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
-        arguments = (hidden, weight, bias, labels, call.rows) if call.needs.head else (None,) * 5
+        # rows are saved in any case: autograd then notices a change in place
+        arguments = (*((hidden, weight, bias, labels) if call.needs.head else (None,) * 4), call.rows)
         ctx.save_for_backward(*arguments, *(getattr(saved, name) for name in ctx.saved_names))
         fixed = [x for name, x in found.items() if name != "logprob" and not (name == "entropy" and call.needs.entropy)]
         ctx.mark_non_differentiable(*fixed)
@@ -52,15 +54,13 @@ class LinearLogprob(torch.autograd.Function):
         d_hidden = d_weight = d_bias = None
         if call.needs.hidden:
             d_hidden = _scaled_directions(saved, up, up_entropy, ctx.hidden_dtype, call)
-            d_hidden = tiled.scatter_rows(d_hidden, call.rows, ctx.hidden_shape[0], call.unique_rows)
+            d_hidden = tiled.scatter_rows(d_hidden, rows, ctx.hidden_shape[0], call.unique_rows)
         if call.needs.head:
             head = tiled.Head(weight, bias, call.compute, call.acc)
             d_weight, d_bias = tiled.backward_head(
                 _tiles(call.backend),
-                hidden,
+                tiled.Tokens(hidden, labels, rows, ignored=call.scored is not None),
                 head,
-                labels,
-                rows,
                 call.how,
                 call.plan,
                 call.needs,

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -13,12 +13,12 @@ _SWITCH = threading.Lock()
 
 
 def widen(x: Tensor, compute: torch.dtype, acc: torch.dtype) -> Tensor:
-    """`x` as an operand of `mm_into`: rounded to `compute` (as autocast would), then, on a CPU, widened to `acc`.
+    """`x` as an operand of `mm_into`: rounded to `compute` (as autocast would), then, except on CUDA, widened to `acc`.
 
     A CPU product of bf16 operands has a bf16 result; bf16 numbers in fp32 have exact products.
     """
     x = x.to(compute)
-    return x.to(acc) if x.device.type == "cpu" else x
+    return x if x.device.type == "cuda" else x.to(acc)
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, *, add: bool = False) -> Tensor:
@@ -28,10 +28,10 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, *, add: boo
         a, b: (n, k) and (k, m), from `widen` or a tile's work.
         compute: the dtype that the operands were rounded to.
     """
-    entering = out.dtype if a.device.type == "cpu" else compute
+    entering = compute if a.device.type == "cuda" else out.dtype
     a, b = a.to(entering), b.to(entering)
     if entering == out.dtype:
-        with _cpu_precision(compute) if a.device.type == "cpu" else _cuda_full_fp32():
+        with _precision(a.device, compute):
             return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if add:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -73,6 +73,12 @@ def _has_bf16_units() -> bool:
         return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def _precision(device: torch.device, compute: torch.dtype) -> AbstractContextManager[None]:
+    if device.type == "cpu":
+        return _cpu_precision(compute)
+    return _cuda_full_fp32() if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def linear_logprob(
     """`log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[label]`, in nats.
 
     Accurate to fp32 whatever the operands' dtype (float64 in, float64 out), in bounded memory
-    (FASTDPO_WORKSPACE_MB), bit-identical from run to run. Under autocast the operands are rounded to the autocast
-    dtype, as `F.linear` would; nothing else is.
+    (FASTDPO_WORKSPACE_MB, if a tile of 16 x 128 fits), bit-identical from run to run. Under autocast hidden and weight
+    are rounded to the autocast dtype, as `F.linear` would; nothing else is.
 
     Args:
         hidden: (..., H), the final hidden states; float32, bfloat16, float16 or float64.
@@ -111,6 +111,7 @@ def linear_logprob_stats(
 
     Other arguments, and errors: see `linear_logprob`.
     """
+    stats = (stats,) if isinstance(stats, str) else stats
     unknown = sorted(set(stats) - set(STATS))
     if unknown:
         raise ValueError(f"stats: unknown name {unknown[0]!r}; choose from {', '.join(STATS)}.")
@@ -145,4 +146,7 @@ def linear_logprob_plan(hidden: Tensor, weight: Tensor, labels: Tensor, **option
         "stats": (),
         "entropy_grad": True,
     }
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        raise TypeError(f"linear_logprob_plan: unknown option {unknown[0]!r}; choose from {', '.join(defaults)}.")
     return Call.of(hidden, weight, labels, *{**defaults, **options}.values()).plan

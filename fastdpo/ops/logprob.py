@@ -1,5 +1,6 @@
 """Log-probabilities of chosen tokens from logits, for code that already has them."""
 
+import math
 from typing import Any
 
 import torch
@@ -32,14 +33,16 @@ def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_
             f"logprob: labels must be {tuple(logits.shape[:-1])} to match logits {tuple(logits.shape)}, "
             f"got {tuple(labels.shape)}."
         )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logprob: logits {tuple(logits.shape)} have no vocabulary; the last dimension must not be 0.")
     if logits.dtype not in DTYPES:
         raise TypeError(f"logprob: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
     if labels.dtype != torch.int64:
         raise TypeError(f"logprob: labels must be int64, got {labels.dtype}; call .long() on it.")
     if labels.device != logits.device:
         raise ValueError(f"logprob: labels are on {labels.device} and logits on {logits.device}; move one of them.")
-    if not temperature > 0:
-        raise ValueError(f"logprob: temperature must be > 0, got {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"logprob: temperature must be > 0 and finite, got {temperature}.")
     v = logits.shape[-1]
     scored = labels != ignore_index
     if labels.device.type == "cpu":
@@ -64,51 +67,54 @@ class _Logprob(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> Tensor:
         acc = torch.promote_types(logits.dtype, torch.float32)
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        d = torch.empty(len(logits), dtype=acc, device=logits.device)
-        zy = torch.empty_like(d)
+        m, s, zy = (torch.empty(len(logits), dtype=acc, device=logits.device) for _ in range(3))
         if triton:
             from fastdpo.kernels.logprob import logprob_fwd
 
-            logprob_fwd(logits, labels, inv_t, d, zy)
+            logprob_fwd(logits, labels, inv_t, m, s, zy)
         else:
-            _fold_logits(logits, labels, inv_t, d, zy)
-        up = softplus(d)
+            _fold_logits(logits, labels, inv_t, m, s, zy)
+        d = (m - zy) + s.log()
         scored = labels >= 0
-        ctx.save_for_backward(logits, labels, zy + up, torch.sigmoid(d).where(scored, 0.0))
+        q = torch.sigmoid(d).where(scored, 0.0)
+        # p_v = exp(z_v - base) * q / s: through lse it would lose what a large offset or an unlikely target takes
+        base = torch.where(m > NEG / 2, m, 0.0)
+        ctx.save_for_backward(logits, labels, base, q, q / torch.where(s == 0, 1.0, s))
         ctx.inv_t, ctx.triton = inv_t, triton
-        return (-up).where(scored, 0.0)
+        return (-softplus(d)).where(scored, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, labels, lse, q = ctx.saved_tensors
-        up = (upstream.to(lse.dtype) * ctx.inv_t).where(labels >= 0, 0.0)
+        logits, labels, base, q, rest = ctx.saved_tensors
+        up = (upstream.to(base.dtype) * ctx.inv_t).where(labels >= 0, 0.0)
+        others, target = -up * rest, up * q
         dx = torch.empty_like(logits)
         if ctx.triton:
             from fastdpo.kernels.logprob import logprob_bwd
 
-            logprob_bwd(logits, dx, labels, lse, -up, up * q, ctx.inv_t)
+            logprob_bwd(logits, dx, labels, base, others, target, ctx.inv_t)
             return dx, None, None, None
         at = labels.clamp(min=0)[:, None]
-        for block in _row_blocks(logits, lse.dtype):
-            p = logits[block].to(lse.dtype).mul(ctx.inv_t).sub_(lse[block, None]).exp_().mul_(-up[block, None])
-            dx[block] = p.scatter_(1, at[block], (up * q)[block, None])
+        for block in _row_blocks(logits, base.dtype):
+            p = logits[block].to(base.dtype).mul(ctx.inv_t).scatter_(1, at[block], NEG)
+            p.sub_(base[block, None]).exp_().mul_(others[block, None])
+            dx[block] = p.scatter_(1, at[block], target[block, None]).where(labels[block, None] >= 0, 0.0)
         return dx, None, None, None
 
 
-def _fold_logits(logits: Tensor, labels: Tensor, inv_t: float, d: Tensor, zy: Tensor) -> None:
+def _fold_logits(logits: Tensor, labels: Tensor, inv_t: float, m: Tensor, s: Tensor, zy: Tensor) -> None:
+    """Maximum and sum over v != y, and z_y, (N,) each."""
     at = labels.clamp(min=0)[:, None]
-    for block in _row_blocks(logits, d.dtype):
-        z = logits[block].to(d.dtype, copy=True).mul_(inv_t)
-        target = z.gather(1, at[block])
+    for block in _row_blocks(logits, m.dtype):
+        z = logits[block].to(m.dtype, copy=True).mul_(inv_t)
+        zy[block] = z.gather(1, at[block])[:, 0]
         z.scatter_(1, at[block], NEG)
-        top = z.amax(1, keepdim=True)
-        base = top.where(top > NEG / 2, 0.0)
-        total = z.sub_(base).exp_().sum(1, keepdim=True)
-        d[block] = ((top - target) + total.log())[:, 0]
-        zy[block] = target[:, 0]
+        m[block] = z.amax(1)
+        base = torch.where(m[block] > NEG / 2, m[block], 0.0)
+        s[block] = z.sub_(base[:, None]).exp_().sum(1)
 
 
-def _row_blocks(logits: Tensor, acc: torch.dtype) -> "list[slice]":
+def _row_blocks(logits: Tensor, acc: torch.dtype) -> list[slice]:
     per_row = 2 * logits.shape[1] * acc.itemsize
     return list(blocks(len(logits), max(1, workspace_bytes() // max(1, per_row))))

@@ -14,14 +14,14 @@ same order as the policy's, so equal inputs give equal bits.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
 MAX_COLS_CPU = 4096  # narrower tiles pay a fixed cost per product in oneDNN, wider ones leave the cache
 COL_QUANTUM = 128
-ONEDNN_SCRATCH = 64 << 10  # what a bf16 product allocates beyond the copies of its operands
+ONEDNN_SCRATCH = 128 << 10  # what a bf16 product allocates beyond the copies of its operands
 
 
 def workspace_bytes() -> int:
@@ -74,8 +74,9 @@ class Shape:
         compute: bytes of the dtype in which the operands enter the GEMMs.
         acc: bytes of the accumulators (4, or 8 for float64).
         hidden, weight: bytes per element of the arguments themselves.
-        on_cpu: the GEMMs take accumulator-typed copies of the operands (a CPU product has no fp32 output for
-            bf16 operands).
+        widened: the GEMMs take accumulator-typed copies of the operands (only CUDA has an fp32 product of bf16
+            operands).
+        gathered: tokens are picked from `hidden` by rows; flattened: `hidden` is a view that must be copied first.
         extra_tiles: tiles beside the logits': one for the exponentials where the entropy is asked for, one for
             the softcap's slope (torch only).
     """
@@ -88,8 +89,10 @@ class Shape:
     acc: int
     hidden: int
     weight: int
-    on_cpu: bool
+    widened: bool
     extra_tiles: int = 0
+    gathered: bool = False
+    flattened: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,20 +144,23 @@ def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: in
     # results, what is saved of size N, and compacted labels and rows
     vectors = shape.n * (16 * shape.acc + 4 * 8)
     saved = needs.directions * shape.n * shape.h * shape.compute + (kept_size if path == "kept" else 0)
-    scattered = shape.n if shape.source_rows != shape.n else 0
+    scattered = shape.n if shape.gathered else 0
     gradients = needs.hidden * shape.hidden * shape.h * (shape.source_rows + scattered)
     gradients += needs.weight * shape.v * shape.h * shape.weight + needs.bias * shape.v * shape.weight
-    peak = vectors + saved + max(forward, gradients + backward)
+    flat = shape.flattened * shape.source_rows * shape.h * shape.hidden
+    peak = flat + vectors + saved + max(forward, gradients + backward)
     return Plan(path, rows, cols, flops, max(forward, backward), peak)
 
 
 def tile(shape: Shape, workspace: int) -> tuple[int, int]:
     """(rows, cols) of a tile whose workspace fits the budget: balanced row blocks, wide columns."""
+    # as if every statistic were asked for: what is asked for must not change the tile, and so the bits
+    shape = replace(shape, extra_tiles=2)
     n, v = max(shape.n, 1), max(shape.v, 1)
     per_row = 3 * shape.h * shape.acc  # accumulator, gathered target rows, widened hidden rows
     most = max(16, min(MAX_ROWS, workspace // 2 // per_row))
     rows = _cdiv(n, _cdiv(n, most))
-    cap = MAX_COLS_CPU if shape.on_cpu else MAX_COLS
+    cap = MAX_COLS_CPU if shape.widened else MAX_COLS
     fixed = forward_workspace(shape, rows, 0, 1)
     per_col = max(
         forward_workspace(shape, rows, 1, 1) - fixed,
@@ -167,8 +173,8 @@ def tile(shape: Shape, workspace: int) -> tuple[int, int]:
 def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> int:
     """Bytes of a forward tile, its operands' copies and the accumulators."""
     size = rows * cols * shape.acc * (1 + shape.extra_tiles)
-    if shape.on_cpu:
-        size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + rows * shape.h * 2 + ONEDNN_SCRATCH)
+    if shape.widened:
+        size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + max(rows, 64) * shape.h * 2 + ONEDNN_SCRATCH)
         if directions:
             size += _copies(shape) * rows * cols * 2  # the exponentials in bf16
     elif shape.compute != shape.acc:
@@ -178,19 +184,19 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> in
     if directions:
         # the target's row of W: as stored, rounded, widened
         size += rows * shape.h * (shape.acc + shape.weight + shape.compute)
-    return size + rows * 24 * shape.acc
+    return size + rows * 32 * shape.acc
 
 
 def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
     """Bytes of a backward tile, its operands' copies and one vocabulary block of dW."""
     size = rows * cols * shape.acc * (1 + shape.extra_tiles) + cols * shape.h * shape.acc
-    if shape.on_cpu:
+    if shape.widened:
         size += _copies(shape) * (rows + cols) * shape.h * shape.acc
         # oneDNN's own bf16 copies of the operands of tile^T @ hidden
-        size += _copies(shape) * (rows * (cols * 2 + shape.h * 4) + ONEDNN_SCRATCH)
+        size += _copies(shape) * (rows * cols * 2 + max(rows, 64) * shape.h * 4 + ONEDNN_SCRATCH)
     elif shape.compute != shape.acc:
         size += rows * cols * shape.compute
-    return size + _casts(shape, rows, cols) + rows * 24 * shape.acc + cols * 2 * shape.acc
+    return size + _casts(shape, rows, cols) + rows * 32 * shape.acc + cols * 2 * shape.acc
 
 
 def _copies(shape: Shape) -> int:
@@ -199,7 +205,7 @@ def _copies(shape: Shape) -> int:
 
 def _casts(shape: Shape, rows: int, cols: int) -> int:
     """Gathered hidden rows, and operands rounded to the compute dtype first (autocast over fp32 weights)."""
-    size = rows * shape.h * shape.hidden if shape.source_rows != shape.n else 0
+    size = rows * shape.h * shape.hidden if shape.gathered else 0
     if shape.hidden != shape.compute:
         size += rows * shape.h * shape.compute
     if shape.weight != shape.compute:

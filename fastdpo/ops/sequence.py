@@ -46,7 +46,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """out[i] = sum of values[offsets[i] : offsets[i + 1]], in an order that depends on nothing else.
 
     Args:
-        values: (M,) float32 or float64; offsets: (S + 1,) int64, ascending from 0 to M.
+        values: (M,) floating point; offsets: (S + 1,) int64, ascending from 0 to M (checked on a CPU).
 
     Returns:
         (S,), 0 for an empty segment; differentiable.
@@ -56,6 +56,15 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
             f"segment_sum: values must be (M,) and offsets (S + 1,) int64, got {tuple(values.shape)} and "
             f"{tuple(offsets.shape)} {offsets.dtype}."
         )
+    if not values.is_floating_point():
+        raise TypeError(f"segment_sum: values must be floating point, got {values.dtype}.")
+    if offsets.device.type == "cpu":
+        ends = (int(offsets[0]), int(offsets[-1]))
+        if ends != (0, len(values)) or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"segment_sum: offsets must ascend from 0 to {len(values)}, the number of values, got {ends[0]} to "
+                f"{ends[1]}{'' if ends != (0, len(values)) else ', not ascending'}."
+            )
     return _SegmentSum.apply(values, offsets)
 
 
@@ -70,7 +79,8 @@ class _SegmentSum(torch.autograd.Function):
             out = values.new_empty(len(offsets) - 1, dtype=torch.float32)
             segment_sum_fwd(values.float().contiguous(), offsets, out)
             return out.to(values.dtype)
-        return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+        # it adds one value at a time: in fp32 a long completion would lose what the op has kept
+        return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

@@ -60,41 +60,50 @@ class Head:
 
     def space(self, columns: int) -> Tensor | None:
         """Memory for `block`'s copy of the weight, where it makes one."""
-        if self.weight.device.type != "cpu" or self.weight.dtype == self.compute == self.acc:
+        if self.weight.device.type == "cuda" or self.weight.dtype == self.compute == self.acc:
             return None
-        return torch.empty((columns, self.weight.shape[1]), dtype=self.acc)
+        return torch.empty((columns, self.weight.shape[1]), dtype=self.acc, device=self.weight.device)
 
     def block(self, columns: slice, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (c, H) as an operand, and the bias (c,), of some columns of the logits."""
         weight = self.weight[columns].to(self.compute)
         if space is not None:
             weight = space[: len(weight)].copy_(weight)
-        return weight, None if self.bias is None else self.bias[columns].to(self.acc)
+        return weight, None if self.bias is None else self.bias[columns].to(self.acc).contiguous()
 
 
-def take_rows(hidden: Tensor, rows: Tensor | None, block: slice, head: Head, wide: bool = True) -> Tensor:
-    """Some tokens' hidden states as an operand; not `wide`: in the compute dtype also on a CPU."""
-    chosen = hidden[block] if rows is None else hidden.index_select(0, rows[block])
-    return widen(chosen, head.compute, head.acc) if wide else chosen.to(head.compute)
+@dataclass(frozen=True)
+class Tokens:
+    """The scored tokens: hidden (R, H), labels (N,) int64, and rows (N,), each label's row of hidden, or None.
+
+    With `ignored`, negative labels are among them: they score 0, and nothing of their hidden states shows.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    rows: Tensor | None
+    ignored: bool = False
+
+    def operand(self, block: slice, head: Head, wide: bool = True) -> Tensor:
+        """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""
+        chosen = self.hidden[block] if self.rows is None else self.hidden.index_select(0, self.rows[block])
+        if self.ignored:
+            # a masked-out position may hold NaN, and 0 * NaN is none of ours
+            chosen = chosen.masked_fill((self.labels[block] < 0)[:, None], 0.0)
+        return widen(chosen, head.compute, head.acc) if wide else chosen.to(head.compute)
 
 
 def forward(
     tiles: TileOps,
-    hidden: Tensor,
+    tokens: Tokens,
     head: Head,
-    labels: Tensor,
-    rows: Tensor | None,
     how: Logits,
     plan: Plan,
     needs: Needs,
 ) -> tuple[dict[str, Tensor], Saved]:
-    """Log-probs and statistics, each (N,) in accumulator precision, and what backward needs.
-
-    Args:
-        hidden: (R, H); labels: (N,) int64 in [0, V), or negative where the row is to be 0; rows: (N,) or None.
-    """
-    n, h, v = len(labels), hidden.shape[1], len(head.weight)
-    device, acc = hidden.device, head.acc
+    """Log-probs and statistics, each (N,) in accumulator precision, and what backward needs."""
+    labels, h, v = tokens.labels, tokens.hidden.shape[1], len(head.weight)
+    n, device, acc = len(labels), tokens.hidden.device, head.acc
     whole = RowState.empty(n, acc, device, how.stats)
     z_space = torch.empty((plan.rows, plan.cols), dtype=acc, device=device)
     e_dtype = tiles.e_dtype(head.compute, acc)
@@ -110,7 +119,7 @@ def forward(
     w_space = head.space(plan.cols)
     for block in blocks(n, plan.rows):
         size = block.stop - block.start
-        operand = take_rows(hidden, rows, block, head)
+        operand = tokens.operand(block, head)
         state = whole.part(block)
         label = labels[block]
         for index, columns in enumerate(blocks(v, plan.cols)):
@@ -186,8 +195,9 @@ def _finish_directions(
         b, rest = sums[1][:size], state.t / s
         gap = torch.where(state.s > 0, state.zy - state.m, 0.0) - rest
         p = torch.sigmoid(state.zy - state.m - s.log())
-        b.addcmul_(a, (rest + p * gap)[:, None], value=-1).div_(s[:, None])
-        b.addcmul_(target, (p * gap)[:, None]).mul_(-how.slope)
+        pull = torch.where(p == 0, 0.0, p * gap)  # gap is -inf for a target that cannot occur
+        b.addcmul_(a, (rest + pull)[:, None], value=-1).div_(s[:, None])
+        b.addcmul_(target, pull[:, None]).mul_(-how.slope)
         directions[1][block] = b
     a.div_(s[:, None]).sub_(target).mul_(-how.slope)
     directions[0][block] = a
@@ -199,15 +209,16 @@ def _finish(state: RowState, how: Logits, columns: int) -> dict[str, Tensor]:
     up, down = softplus(d), softplus(-d)
     out = {"logprob": -up, "q": torch.exp(-down)}
     if "lse" in how.stats:
-        out["lse"] = state.zy + up
+        # from the larger of both: zy + up cancels where the target is far below the rest
+        out["lse"] = torch.maximum(state.zy, state.m + log_s) + torch.log1p(torch.exp(-d.abs()))
     if "is_top1" in how.stats:
         out["is_top1"] = state.zy >= state.m
     s = torch.where(state.s > 0, state.s, 1.0)
     if state.t is not None:
-        # H = p_y (-log p_y) + q (entropy of the others + -log q); 0 * inf is 0
-        certain = torch.where(up > 0, torch.exp(-up) * up, 0.0).nan_to_num(nan=0.0)
-        others = torch.where(state.s > 0, out["q"] * (s.log() - state.t / s + down), 0.0)
-        out["entropy"] = certain + others.nan_to_num(nan=0.0)
+        # H = p_y (-log p_y) + q (entropy of the others + -log q); 0 * inf is 0, and NaN stays
+        target = torch.where(up == torch.inf, 0.0, torch.exp(-up) * up)
+        others = torch.where(down == torch.inf, 0.0, out["q"] * (s.log() - state.t / s + down))
+        out["entropy"] = target + others
     if state.sq is not None:
         out["log_sum_sq_probs"] = torch.logaddexp(-2 * up, -2 * down + state.sq.log() - 2 * s.log())
     if state.zsum is not None:
@@ -217,10 +228,8 @@ def _finish(state: RowState, how: Logits, columns: int) -> dict[str, Tensor]:
 
 def backward_head(
     tiles: TileOps,
-    hidden: Tensor,
+    tokens: Tokens,
     head: Head,
-    labels: Tensor,
-    rows: Tensor | None,
     how: Logits,
     plan: Plan,
     needs: Needs,
@@ -231,22 +240,22 @@ def backward_head(
     """d loss / d weight (V, H) and d bias (V,) in the weight's dtype, each vocabulary block written once."""
     assert saved.m is not None
     assert saved.s is not None
-    n, h, v = len(labels), hidden.shape[1], len(head.weight)
-    device, acc = hidden.device, head.acc
+    labels, h, v = tokens.labels, tokens.hidden.shape[1], len(head.weight)
+    n, device, acc = len(labels), tokens.hidden.device, head.acc
     row = _row_gradient(saved, upstream, upstream_entropy)
     dw = torch.empty_like(head.weight) if needs.weight else None
     db = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
     # one row block: the block of dW is one product, rounded once, by the GEMM itself
     once = dw is not None and n <= plan.rows and rounds_in_gemm(device, head.compute, dw.dtype)
     if dw is not None and once and n and saved.kept is not None and device.type == "cpu":
-        _kept_products(dw, db, hidden, labels, rows, how, plan, head, saved, row)
+        _kept_products(dw, db, tokens, how, plan, head, saved, row)
         return dw, db
     e_dtype = tiles.e_dtype(head.compute, acc)
     e_space = torch.empty((plan.rows, plan.cols), dtype=e_dtype, device=device)
     recompute = saved.kept is None
     same = e_dtype == acc and row.entropy is None
     z_space = e_space if same or not recompute else torch.empty_like(e_space, dtype=acc)
-    narrow = take_rows(hidden, rows, slice(0, n), head, wide=False) if once else None
+    narrow = tokens.operand(slice(0, n), head, wide=False) if once else None
     w_space = head.space(plan.cols) if recompute else None
     dw_space = torch.empty((0 if once else plan.cols, h), dtype=acc, device=device)
 
@@ -259,7 +268,7 @@ def backward_head(
             size = block.stop - block.start
             e, label = e_space[:size, :width], labels[block] - columns.start
             part = row.part(block)
-            operand = None if once and not recompute else take_rows(hidden, rows, block, head)
+            operand = None if once and not recompute else tokens.operand(block, head)
             if weight is not None and operand is not None:
                 z = z_space[:size, :width]
                 mm_into(z, operand, weight.t(), head.compute)
@@ -267,8 +276,7 @@ def backward_head(
             else:
                 assert saved.kept is not None
                 assert saved.bases is not None
-                # kept is relative to its block's maximum, and so at most 1: the rescale cannot overflow
-                scale = torch.exp(saved.bases[index, block] - part.m) * part.others * how.slope
+                scale = _kept_scale(saved, part, index, block, how)
                 target = _target_gradient(saved, part, block, how)
                 tiles.dlogits_kept(saved.kept[index, block, :width], e, label, scale, target)
             if dw is not None and narrow is not None:
@@ -291,12 +299,17 @@ def _target_gradient(saved: Saved, row: RowGradient, block: slice, how: Logits) 
     return target if saved.zy is None else target * curve_of(saved.zy[block].clone(), how)
 
 
+def _kept_scale(saved: Saved, row: RowGradient, index: int, block: slice, how: Logits) -> Tensor:
+    """What turns kept exponentials of one column block into d loss / d product off the target, (n,)."""
+    assert saved.bases is not None
+    # a base is a running maximum, so at most m; where a row had no maximum yet it is 0, and what is kept is 0 too
+    return torch.exp((saved.bases[index, block] - row.m).clamp(max=0.0)) * row.others * how.slope
+
+
 def _kept_products(
     dw: Tensor,
     db: Tensor | None,
-    hidden: Tensor,
-    labels: Tensor,
-    rows: Tensor | None,
+    tokens: Tokens,
     how: Logits,
     plan: Plan,
     head: Head,
@@ -305,12 +318,11 @@ def _kept_products(
 ) -> None:
     """dW (and db) of one row block on a CPU: kept^T @ (scaled hidden), no pass over the kept tile, targets added."""
     assert saved.kept is not None
-    assert saved.bases is not None
-    everything = slice(0, len(labels))
-    wide = take_rows(hidden, rows, everything, head)
+    labels, everything = tokens.labels, slice(0, len(tokens.labels))
+    wide = tokens.operand(everything, head)
     target = _target_gradient(saved, row, everything, how)
     for index, columns in enumerate(blocks(len(dw), plan.cols)):
-        scale = torch.exp(saved.bases[index] - row.m) * row.others * how.slope
+        scale = _kept_scale(saved, row, index, everything, how)
         kept = saved.kept[index, :, : columns.stop - columns.start].t()
         torch.mm(kept, (wide * scale[:, None]).to(head.compute), out=dw[columns])
         local = labels - columns.start
@@ -336,9 +348,10 @@ def _row_gradient(saved: Saved, upstream: Tensor, upstream_entropy: Tensor | Non
         # d ent / dz_v = -p_v (log p_v + ent); log p_v = (z_v - m) + log(q / s), and for the target log(1 - q)
         assert saved.entropy is not None
         row.entropy = -upstream_entropy * rest
-        row.offset = torch.where(some, saved.q.log() - s.log() + saved.entropy, 0.0)
+        # q may be 0: then so is the others' share, and any offset will do
+        row.offset = torch.where(some & (saved.q > 0), saved.q.log() - s.log() + saved.entropy, 0.0)
         log_p = torch.log1p(-saved.q)
-        term = torch.where(saved.q < 1, (1 - saved.q) * (log_p + saved.entropy), 0.0)
+        term = torch.where(saved.q == 1, 0.0, (1 - saved.q) * (log_p + saved.entropy))
         row.target = row.target - upstream_entropy * term
     return row
 
