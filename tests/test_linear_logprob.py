@@ -531,11 +531,7 @@ def test_a_bias_of_any_stride(backend):
 
 
 def test_mean_logit_follows_the_weight():
-    hidden, weight, labels = (
-        torch.randn(4, 8),
-        torch.nn.Parameter(torch.randn(30, 8), requires_grad=False),
-        [0, 1, 2, 3],
-    )
+    hidden, weight = torch.randn(4, 8), torch.nn.Parameter(torch.randn(30, 8), requires_grad=False)
     for _ in range(2):
         found = linear_logprob_stats(hidden, weight, torch.arange(4), stats=("mean_logit",)).mean_logit
         assert torch.allclose(found, (hidden @ weight.t()).mean(1), atol=1e-5)
