@@ -20,6 +20,9 @@ CHAT = {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}
 TOOL = {"type": "function", "function": {"name": "look"}}
 
 
+NO_OPTIONS = {"tools": None, "chat_template_kwargs": None}
+
+
 def write_lines(path, rows) -> str:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return str(path)
@@ -143,7 +146,13 @@ def test_tool_calls_are_answers_and_their_arguments_text():
             {"prompt": "Sea?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
             "the text `prompt` is not in the messages",
         ),
-        ({**CHAT, "tools": "{"}, "`tools` is not JSON"),
+        ({**CHAT, "tools": "{"}, "`tools` holds broken JSON: Expecting property name"),
+        ({**CHAT, "tools": "[" * 100_000}, "`tools` holds JSON nested too deeply"),
+        (
+            {**CHAT, "prompt": [{**USER, "id": 2**63}]},
+            "`prompt[0].id` is an integer of more than 64 bits, which cannot be stored",
+        ),
+        ({**CHAT, "chosen": [{**BLUE, "ids": [{"a": -(2**64)}]}]}, "`chosen[0].ids.a` is an integer of more than 64"),
         ({**CHAT, "tools": "5"}, "`tools` is not a list of function descriptions"),
     ],
 )
@@ -218,7 +227,7 @@ def test_an_empty_file(tmp_path):
             [TEXT, TEXT, CHAT, CHAT, TEXT],
             "mixes 3 rows of plain text with 2 of messages; wanted one kind.*messages: .*:3",
         ),
-        ([CHAT, TEXT, CHAT], "mixes 1 rows of plain text with 2 of messages; wanted one kind.*plain text: .*:2"),
+        ([CHAT, TEXT, CHAT], "mixes 1 row of plain text with 2 of messages; wanted one kind.*plain text: .*:2"),
     ],
 )
 def test_mixed_kinds_name_the_first_of_the_few(tmp_path, rows, said):
@@ -240,17 +249,53 @@ def test_identical_pairs_are_kept_and_counted(tmp_path, caplog):
 
 def test_columns_of_the_result(tmp_path):
     rows = [
-        {**CHAT, "id": 1, "tools": [TOOL], "chat_template_kwargs": {"thinking": False}, "ref_chosen_logps": -1.5},
-        {**CHAT, "id": 2, "ref_chosen_logps": -2.5},
+        {**CHAT, "id": 1, "tools": [TOOL], "chat_template_kwargs": {"thinking": False}},
+        {**CHAT, "id": 2},
     ]
     dataset = load_preferences(write_lines(tmp_path / "pairs.jsonl", rows))
-    assert set(dataset.column_names) == {*CHAT, "tools", "chat_template_kwargs", "ref_chosen_logps"}
+    assert set(dataset.column_names) == {*CHAT, "tools", "chat_template_kwargs"}
     assert dataset["tools"][:] == [json.dumps([TOOL]), None]
     assert dataset["chat_template_kwargs"][:] == ['{"thinking": false}', None]
-    assert dataset["ref_chosen_logps"][:] == [-1.5, -2.5]
     plain = load_preferences(write_lines(tmp_path / "plain.jsonl", [CHAT]))
     assert plain.column_names == ["prompt", "chosen", "rejected"]
     assert plain[0] == CHAT
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("oops", "`chat_template_kwargs` holds broken JSON: Expecting value (column 1)"),
+        ([1], "`chat_template_kwargs` is list; wanted an object (or its JSON text)"),
+        ("[1]", "`chat_template_kwargs` is list; wanted an object (or its JSON text)"),
+        (5, "`chat_template_kwargs` is int; wanted an object (or its JSON text)"),
+        ({"tokenize": False}, "`chat_template_kwargs` has `tokenize`, which is set here and cannot be changed"),
+    ],
+)
+def test_template_options_that_are_none(tmp_path, options, said):
+    path = write_lines(tmp_path / "pairs.jsonl", [CHAT, {**CHAT, "chat_template_kwargs": options}])
+    with pytest.raises(DataError) as caught:
+        load_preferences(path)
+    assert str(caught.value).split("\n")[:2] == [f"{path}: 1 bad row of 2:", f"  {path}:2: {said}"]
+    assert load_preferences(path, skip_bad_rows=True).to_list() == [CHAT]
+
+
+def test_rows_nested_deeper_than_python_goes(tmp_path):
+    deep = json.dumps({**CHAT, "prompt": [{**USER, "x": "@"}]}).replace('"@"', "[" * 900 + "]" * 900)
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*nested too deeply"):
+        load_preferences(write_lines(tmp_path / "pairs.jsonl", [CHAT, deep]))
+
+
+def test_reference_log_probs_are_left_out_and_told(tmp_path, caplog):
+    rows = [TEXT, {**TEXT, "ref_chosen_logps": -1.5, "ref_rejected_logps": "no number"}]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    with caplog.at_level(logging.WARNING):
+        assert load_preferences(path).to_list() == [TEXT, TEXT]
+    said = "ref_chosen_logps and ref_rejected_logps are ignored: the reference log-probs are computed in training."
+    assert caplog.messages == [f"{path}: {said}"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert len(list(normalize_dataset(stream(rows[1:])))) == 1
+    assert caplog.messages == [f"train_dataset: {said}"]
 
 
 def test_calls_of_different_functions_share_a_column(tmp_path):
@@ -289,14 +334,62 @@ def stream(rows: list[dict]) -> IterableDataset:
 
 def test_an_iterable_dataset_is_mapped_lazily(caplog):
     rows = [{"chosen": [USER, BLUE], "rejected": [USER, GREEN], "score": 1.0}]
-    assert list(normalize_dataset(stream(rows))) == [{**CHAT, "tools": None}]
-    bad = [TEXT, {**TEXT, "chosen": ""}]
-    lazy = normalize_dataset(stream(bad))
-    with pytest.raises(DataError, match=r"train_dataset\[1\]: `chosen` is empty"):
-        list(lazy)
+    assert list(normalize_dataset(stream(rows))) == [{**CHAT, **NO_OPTIONS}]
+    # a null row as Arrow has it, and a column that the first row lacks
+    bad = [TEXT, {**TEXT, "chosen": ""}, dict.fromkeys([*TEXT, "score"]), {**TEXT, "prompt": "Sea?", "score": 1}]
+    lazy = iter(normalize_dataset(stream(bad)))
+    assert next(lazy) == {**TEXT, **NO_OPTIONS}
+    with pytest.raises(DataError, match=r"^train_dataset\[1\]: `chosen` is empty\.$"):
+        next(lazy)
     with caplog.at_level(logging.WARNING):
-        assert list(normalize_dataset(stream(bad), skip_bad_rows=True)) == [{**TEXT, "tools": None}]
-    assert "train_dataset[1]: skipped: `chosen` is empty" in caplog.text
+        kept = normalize_dataset(stream(bad), skip_bad_rows=True)
+        for _ in range(2):
+            assert list(kept) == [{**TEXT, **NO_OPTIONS}, {**TEXT, **NO_OPTIONS, "prompt": "Sea?"}]
+    assert caplog.messages == [  # said once, also when the stream is read again
+        "train_dataset[1]: skipped: `chosen` is empty (1 bad row so far)",
+        "train_dataset[2]: skipped: `chosen` is null (2 bad rows so far)",
+    ]
+
+
+@pytest.mark.parametrize("bad", [dict.fromkeys(TEXT), {"chosen": None}])
+def test_a_stream_that_starts_with_a_null_row(bad):
+    with pytest.raises(DataError, match=r"train_dataset\[0\]: `chosen` is null"):
+        list(normalize_dataset(stream([bad, TEXT])))
+    assert list(normalize_dataset(stream([bad, TEXT]), skip_bad_rows=True)) == [{**TEXT, **NO_OPTIONS}]
+
+
+@pytest.mark.parametrize(("rows", "said"), [([], "eval is empty"), ([None, TEXT], r"eval\[0\] is NoneType; wanted an")])
+def test_a_stream_without_a_first_row(rows, said):
+    with pytest.raises(DataError, match=said):
+        normalize_dataset(stream(rows), where="eval")
+
+
+def test_a_stream_is_read_as_it_is_asked_for():
+    read: list[int] = []
+
+    def rows():
+        for number in range(5):
+            read.append(number)
+            yield {"chosen": f"Sky {number}? Blue.", "rejected": f"Sky {number}? Green."}
+
+    normal = normalize_dataset(IterableDataset.from_generator(rows))
+    assert read == [0]  # to see what the columns are
+    assert next(iter(normal)) == {"prompt": "Sky 0?", "chosen": " Blue.", "rejected": " Green.", **NO_OPTIONS}
+    assert read == [0, 0]
+
+
+def test_a_stream_of_llama_factory_rows():
+    alpaca = {"instruction": "Sky?", "input": "", "chosen": "Blue.", "rejected": "Green.", "tools": [TOOL]}
+    sharegpt = {
+        "conversations": [{"from": "human", "value": "Sky?"}],
+        "chosen": {"from": "gpt", "value": "Blue."},
+        "rejected": {"from": "gpt", "value": "Green."},
+        "chat_template_kwargs": {"thinking": False},
+    }
+    assert list(normalize_dataset(stream([alpaca, sharegpt]))) == [
+        {**CHAT, "tools": json.dumps([TOOL]), "chat_template_kwargs": None},
+        {**CHAT, "tools": None, "chat_template_kwargs": '{"thinking": false}'},
+    ]
 
 
 def test_real_pairs(shared_data):

@@ -1,6 +1,7 @@
 """Where rows come from, the places by which they are named, and one sentence where a source cannot be read."""
 
 import csv
+import gzip
 import json
 import re
 from pathlib import Path
@@ -70,14 +71,20 @@ def test_places(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[\n{"a": 1},\n{"a": }\n]', r":3: broken JSON in row 2: Expecting value \(column 7\)"),
-        ('[\n{"a": 1}\n{"a": 2}\n]', r":3: broken JSON in row 1: Expecting ',' or '\]'"),
-        ('[{"a": 1}', r":1: broken JSON in row 1: Expecting ',' or '\]'"),
-        ('[{"a": 1},\n', r":2: broken JSON in row 2: Expecting value"),
-        ("[\n\n", r":3: broken JSON in row 1: Expecting value"),
+        ('[\n{"a": 1},\n{"a": }\n]', r":3: row 2: broken JSON: Expecting value \(column 7\)"),
+        ('[\n{"a": 1}\n{"a": 2}\n]', r":3: row 1: broken JSON: Expecting ',' or '\]'"),
+        ('[{"a": 1}', r":1: row 1: broken JSON: Expecting ',' or '\]'"),
+        ('[{"a": 1},\n', r":2: row 2: broken JSON: Expecting value"),
+        ("[\n\n", r":3: row 1: broken JSON: Expecting value"),
         ('{\n"data": [1]\n}', " holds one JSON object; wanted an array of rows, or one row per line"),
         (b"[\n\xff]", r":2: not UTF-8 text \(invalid start byte\)"),
+        ('[{"a": 1}]\n\n[{"a": 2}]\n', r":3: text after the end of the array"),
+        ('\n[{"a": 1}\n] trailing {"x', r":3: text after the end of the array"),
+        ("[]x", r":1: text after the end of the array"),
+        ('[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", r":2: row 2: JSON with an integer of too many digits"),
+        ("[\n" + "[" * 100_000, r":2: row 1: JSON nested too deeply"),
     ],
+    ids=range(12),
 )
 def test_broken_json_stops_also_when_skipping(tmp_path, text, said):
     path = tmp_path / "pairs.json"
@@ -85,6 +92,33 @@ def test_broken_json_stops_also_when_skipping(tmp_path, text, said):
     for skip in (False, True):
         with pytest.raises(DataError, match=re.escape(str(path)) + said):
             load_preferences(str(path), skip_bad_rows=skip)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("1" * 5000, "JSON with an integer of too many digits"), ("[" * 100_000, "JSON nested too deeply")],
+    ids=["digits", "nested"],
+)
+def test_lines_that_python_cannot_parse_are_bad_rows(tmp_path, value, said):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": ' + value + "}\n" + json.dumps(TEXT))
+    with pytest.raises(DataError) as caught:
+        load_preferences(str(path))
+    assert str(caught.value).split("\n")[:2] == [f"{path}: 1 bad row of 2:", f"  {path}:1: {said}"]
+    assert load_preferences(str(path), skip_bad_rows=True).to_list() == [TEXT]
+
+
+def test_columns_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: more than one column is named `chosen`; rename"):
+        load_preferences(str(tmp_path / "a.csv"))
+    (tmp_path / "b.csv").write_text("prompt,chosen,rejected,,\na,b,c,,\n")  # columns without a name lose nothing
+    assert len(load_preferences(str(tmp_path / "b.csv"))) == 1
+    text = pa.array(["a"])
+    table = pa.Table.from_arrays([text] * 4, names=["prompt", "chosen", "rejected", "rejected"])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: more than one column is named `rejected`"):
+        load_preferences(str(tmp_path / "c.parquet"))
 
 
 def test_lines_that_are_not_utf8_are_bad_rows(tmp_path):
@@ -142,8 +176,36 @@ def test_a_folder_of_data_files(tmp_path, tmp_path_factory, monkeypatch):
     write(tmp_path / "train.jsonl", [TEXT])
     write(tmp_path / "test.jsonl", [MORE])
     assert load_preferences(str(tmp_path), split="test").to_list() == [MORE]
-    with pytest.raises(DataError, match="could not be loaded"):
+    assert load_preferences(str(tmp_path), split="train[:1]").to_list() == [TEXT]
+    with pytest.raises(DataError, match=r"has no split 'dev'; it has train, test\.$"):
         load_preferences(str(tmp_path), split="dev")
+    (tmp_path / "test.jsonl").write_text(json.dumps(MORE) + '\n{"prompt"\n')
+    with pytest.raises(DataError, match=r"test\.jsonl:2: broken JSON: Expecting ':' delimiter"):
+        load_preferences(str(tmp_path), split="test")
+    assert load_preferences(str(tmp_path), split="test", skip_bad_rows=True).to_list() == [MORE]
+
+
+def test_a_folder_of_files_that_only_datasets_reads(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    with pytest.raises(DataError, match=r"could not be loaded \(.*any data files\)"):
+        load_preferences(str(tmp_path))
+    packed = tmp_path / "train.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(TEXT).encode()))
+    assert load_preferences(str(tmp_path)).to_list() == [TEXT]
+    packed.write_bytes(gzip.compress(b"{"))
+    with pytest.raises(DataError, match=r"a data file could not be read \(JSON parse error"):
+        load_preferences(str(tmp_path))
+
+
+def test_a_saved_folder_that_is_broken(tmp_path):
+    Dataset.from_list([TEXT]).save_to_disk(str(tmp_path / "one"))
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"one is a save_to_disk folder that cannot be read \(.*\); save it again\.$"):
+        load_preferences(str(tmp_path / "one"))
+    arrow.unlink()
+    with pytest.raises(DataError, match=r"cannot be read \(.*data-00000-of-00001\.arrow is missing\); save it again"):
+        load_preferences(str(tmp_path / "one"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastdpo.data.formats import DataError, load_preferences
+from fastdpo.data.formats import DataError, load_preferences, normalize_dataset
 from fastdpo.data.tokenize import ID_COLUMNS, common_prefix_length, tokenize_dataset
 
 TEMPLATE = (
@@ -195,21 +195,71 @@ def test_report(tokenizer):
         "rows": 3,
         "max_length": 4,
         "dropped_long_prompt": 1,
+        "dropped_unscored": 0,
         "truncated_chosen": 1,
         "truncated_rejected": 1,
         "empty_after_truncation": 0,
         "prompt_cut": 0,
     }
+    _, report = tokenize_dataset(dataset.select([2]), tokenizer, max_length=None)
+    assert str(report) == "train: 1 pair, no max_length"
 
 
-def test_completions_without_a_scored_token_are_counted(tokenizer):
-    ids = Dataset.from_dict({"prompt_ids": [[1], []], "chosen_ids": [[2], [2]], "rejected_ids": [[3], [3, 4]]})
-    _, report = tokenize_dataset(ids, tokenizer, max_length=8)
-    assert report.empty_after_truncation == 1  # a lone token after an empty prompt has nothing before it
-    assert report.rows == 2
+def id_rows(*rows: tuple[Any, Any, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(ID_COLUMNS, row, strict=True)) for row in rows]
 
 
-def test_tokenized_rows_are_only_filtered(tokenizer):
+def test_rows_without_a_scored_token_are_dropped_and_counted(tokenizer):
+    """A lone token after an empty prompt has nothing before it that could predict it."""
+    rows = id_rows(([1], [2], [3]), ([], [2], [3, 4]), ([], [2], [3]), ([1], [], []), ([1], [2], []))
+    left = [rows[0], rows[1], rows[4]]
+    for max_length in (8, None):
+        tokenized, report = tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=max_length)
+        assert isinstance(tokenized, Dataset)
+        assert tokenized.to_list() == left
+        assert (report.rows, report.dropped_unscored, report.empty_after_truncation) == (3, 2, 2)
+        assert str(report).endswith(
+            "dropped 2 without a scored token; 2 with no scored token in one of the completions"
+        )
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        assert list(tokenize_dataset(stream, tokenizer, max_length=max_length)[0]) == left
+    with pytest.raises(DataError, match="train: all 2 rows were dropped, since no completion has a token that could"):
+        tokenize_dataset(Dataset.from_list(rows[2:4]), tokenizer, max_length=8)
+    with pytest.raises(DataError, match="train: the only row was dropped, since no completion has a token"):
+        tokenize_dataset(Dataset.from_list(rows[2:3]), tokenizer, max_length=None)
+
+
+@pytest.mark.parametrize("bad", [None, [1, None], [-1], [1.0], "ids", 7], ids=str)
+@pytest.mark.parametrize("column", ID_COLUMNS)
+def test_given_ids_are_checked(tokenizer, column, bad):
+    rows = id_rows(([1], [2], [3]), ([1], [2], [3]))
+    rows[1][column] = bad
+    said = rf"train\[1\]: `{column}` is not a list of token ids; wanted integers of 0 or more\."
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(DataError, match=said):
+        list(tokenize_dataset(stream, tokenizer, max_length=8)[0])
+    if (isinstance(bad, list) and bad != [1.0]) or bad is None:
+        with pytest.raises(DataError, match=said):
+            tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=8)
+    else:  # a column of an Arrow table has one type
+        with pytest.raises(DataError, match=said.replace("1", "0", 1)):
+            tokenize_dataset(Dataset.from_list([{**rows[0], column: bad}]), tokenizer, max_length=8)
+
+
+def test_given_ids_may_be_of_any_integer_and_list_type(tokenizer):
+    from datasets import Features, Sequence, Value
+
+    rows = id_rows(([1], [2], [3]), ([4], [5], [6]))
+    features = Features(
+        {"prompt_ids": Sequence(Value("uint16"), length=1)} | dict.fromkeys(ID_COLUMNS[1:], Sequence(Value("int32")))
+    )
+    tokenized, _ = tokenize_dataset(Dataset.from_list(rows, features=features), tokenizer, max_length=8)
+    assert list(tokenized) == rows
+    arrays = Dataset.from_list(rows).to_iterable_dataset().with_format("numpy")
+    assert len(list(tokenize_dataset(arrays, tokenizer, max_length=8)[0])) == 2
+
+
+def test_tokenized_rows_are_only_filtered(tokenizer, caplog):
     columns = {
         "prompt_ids": [[1, 2], [1, 2, 3]],
         "chosen_ids": [[4], [4]],
@@ -218,17 +268,21 @@ def test_tokenized_rows_are_only_filtered(tokenizer):
     }
     tokenized, report = tokenize_dataset(Dataset.from_dict(columns), tokenizer, max_length=3)
     assert isinstance(tokenized, Dataset)
-    assert tokenized.to_list() == [
-        {"prompt_ids": [1, 2], "chosen_ids": [4], "rejected_ids": [5], "ref_chosen_logps": -1.0}
-    ]
+    assert tokenized.to_list() == [{"prompt_ids": [1, 2], "chosen_ids": [4], "rejected_ids": [5]}]
     assert report.dropped_long_prompt == 1
+    assert "train: ref_chosen_logps is ignored" in caplog.text
 
 
-def test_reference_log_probs_stay(tokenizer):
-    rows = [{**CHAT, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "id": "a"}]
-    tokenized, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, max_length=None)
-    assert isinstance(tokenized, Dataset)
-    assert set(tokenized.column_names) == {*ID_COLUMNS, "ref_chosen_logps", "ref_rejected_logps"}
+def test_a_normalized_stream_is_tokenized_like_a_dataset(tokenizer):
+    rows: list[dict[str, Any]] = [
+        {"chosen": [*CHAT["prompt"], *CHAT["chosen"]], "rejected": [*CHAT["prompt"], *CHAT["rejected"]], "tools": None}
+    ]
+    rows += [{**rows[0], "tools": '[{"type": "function", "function": {"name": "add"}}]'}]
+    stream = normalize_dataset(IterableDataset.from_generator(lambda: iter(rows)))
+    dataset = normalize_dataset(Dataset.from_list(rows))
+    ours = list(tokenize_dataset(stream, tokenizer, max_length=None)[0])
+    assert ours == list(tokenize_dataset(dataset, tokenizer, max_length=None)[0])
+    assert ours[0] != ours[1]  # the second shows its tool
 
 
 def test_workers_and_row_order_change_nothing(tokenizer):

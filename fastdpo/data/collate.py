@@ -34,7 +34,6 @@ class DataCollatorForPreference:
     - `rows` (M,) int64: for each target the position that predicts it (the one before it), as an index into
       the flattened (2B * T) positions.
     - `offsets` (2B + 1,) int64: sequence s owns targets[offsets[s]:offsets[s + 1]].
-    - `ref_chosen_logps`, `ref_rejected_logps` (B,) fp32, where every example has them.
 
     A completion token at position 0 (an empty prompt, or one that `keep_end` cut off) has no position before
     it and is not scored. A sequence without a scored token has an empty segment.
@@ -83,17 +82,13 @@ class DataCollatorForPreference:
             rows.append(index * longest + start - 1 + torch.arange(len(scored)))
             counts.append(len(scored))
 
-        batch = {
+        return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "rows": torch.cat(rows),
             "targets": torch.cat(targets),
             "offsets": torch.tensor(counts).cumsum(0),
         }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if all(name in example for example in examples):
-                batch[name] = torch.tensor([float(example[name]) for example in examples], dtype=torch.float32)
-        return batch
 
     def _truncate(self, ids: Tensor) -> tuple[Tensor, int]:
         """The kept tokens and how many were cut off in front of them."""

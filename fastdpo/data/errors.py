@@ -1,5 +1,7 @@
 """What goes wrong with data: `DataError` for the user, `RowError` for the one row that has a reason."""
 
+import json
+
 
 class DataError(ValueError):
     """Data that cannot be used. The message is complete and user-facing; it may list rows line by line."""
@@ -8,3 +10,16 @@ class DataError(ValueError):
 class RowError(ValueError):
     """Why one row cannot be used. Whoever reads the rows adds the place and collects them into a
     `DataError`."""
+
+
+def why_not_json(error: ValueError | RecursionError) -> str:
+    """What `json.loads` (or `raw_decode`) stumbled over, for a message."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} (column {error.colno})"
+    # python's own limit on the digits of an integer is the only other ValueError
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else "JSON with an integer of too many digits"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -9,9 +9,16 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from fastdpo.data.errors import DataError, RowError
+from fastdpo.data.errors import DataError, RowError, count
 from fastdpo.data.llama_factory import Layout, detect_layout, messages_from_row
-from fastdpo.data.messages import Message, check_text, clean_messages, parse_tools, to_json
+from fastdpo.data.messages import (
+    Message,
+    check_text,
+    clean_messages,
+    parse_template_options,
+    parse_tools,
+    to_json,
+)
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 
 __all__ = ["DataError", "Preference", "load_preferences", "normalize_dataset", "preference_from_row"]
@@ -21,8 +28,9 @@ logger = logging.getLogger(__name__)
 _SIDES = ("chosen", "rejected")
 # columns that hold what the model is asked; a row of texts that has one and no `prompt` would lose it
 _PROMPT_LIKE = ("question", "query", "input", "context", "messages", "history")
-# passed on unchanged: the template's options and reference log-probs computed elsewhere
-_KEPT = ("chat_template_kwargs", "ref_chosen_logps", "ref_rejected_logps")
+_OPTIONS = ("tools", "chat_template_kwargs")
+# reference log-probs computed elsewhere, as TRL's rows may have them; the trainer computes its own
+_UNUSED = ("ref_chosen_logps", "ref_rejected_logps")
 _SHOWN = 50
 _SKIPPED_SHOWN = 5
 
@@ -54,8 +62,8 @@ def load_preferences(
 ) -> Dataset:
     """Load preference pairs; columns `prompt`, `chosen`, `rejected` (text, or lists of messages).
 
-    `tools` and `chat_template_kwargs` (as JSON text), `ref_chosen_logps` and `ref_rejected_logps` are kept where
-    rows have them; other columns are left out.
+    `tools` and `chat_template_kwargs` (as JSON text) are kept where rows have them; other columns are left out.
+    Reference log-probs in the rows (`ref_chosen_logps`, `ref_rejected_logps`) are not used: a warning says so.
 
     `source` is a file (json: an array or one row per line, jsonl, csv, parquet), a `save_to_disk` folder, a
     folder with a dataset_info.json of one preference entry, an entry's name with `dataset_dir`, or a
@@ -73,22 +81,33 @@ def normalize_dataset(
     """The same for a dataset in hand; a bad row is named `where[index]`.
 
     One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`) comes back as it is. An
-    `IterableDataset` is mapped lazily, and its first bad row raises when it is reached.
+    `IterableDataset` is mapped row by row as it is read, and always has the columns `tools` and
+    `chat_template_kwargs` too; a bad row raises when it is reached, or is left out with a warning that counts it.
     """
-    first = next(iter(dataset), None)
-    if first is not None and {"prompt_ids", "chosen_ids", "rejected_ids"} <= first.keys():
+    first = next(iter(dataset), {})
+    if isinstance(first, Mapping) and {"prompt_ids", "chosen_ids", "rejected_ids"} <= first.keys():
         return dataset
     if isinstance(dataset, IterableDataset):
-        if first is None:
-            raise DataError(f"{where} is empty; wanted preference rows.")
-        return dataset.map(
-            _normalize_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=list(first),
-            fn_kwargs={"skip_bad_rows": skip_bad_rows, "where": where},
-        )
+        if first == {}:
+            raise DataError(f"{where} is empty; wanted preference rows with `prompt`, `chosen` and `rejected`.")
+        if not isinstance(first, Mapping):
+            raise DataError(f"{where}[0] is {type(first).__name__}; wanted an object with `chosen` and `rejected`.")
+        warn_unused(first, where)
+        options = {"skip_bad_rows": skip_bad_rows, "where": where, "skipped": set()}
+        # one row at a time, so that no row is read before it is asked for
+        normal = dataset.map(_normalize_one, batched=True, batch_size=1, with_indices=True, fn_kwargs=options)
+        return normal.select_columns(["prompt", *_SIDES, *_OPTIONS])
     return _build(dataset_rows(dataset, where), where, None, skip_bad_rows)
+
+
+def warn_unused(columns: Iterable[str], where: str) -> None:
+    """One line where columns hold reference log-probs, which nothing reads."""
+    unused = sorted(set(columns) & set(_UNUSED))
+    if unused:
+        logger.warning(
+            f"{where}: {' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} ignored: the reference "
+            "log-probs are computed in training."
+        )
 
 
 def preference_from_row(row: Any, layout: Layout | None = None) -> Preference:
@@ -197,14 +216,16 @@ def _check_completion(messages: list[Message], name: str) -> None:
 
 
 def _build(rows: Iterable[PlacedRow], where: str, layout: Layout | None, skip_bad_rows: bool) -> Dataset:
-    kept: list[tuple[Preference, dict[str, Any]]] = []
+    kept: list[dict[str, Any]] = []
+    names: set[str] = set()
     places: list[str] = []
     bad: list[tuple[str, str]] = []
     for place, value in rows:
         try:
             if isinstance(value, RowError):
                 raise value
-            kept.append((preference_from_row(value, layout), {name: value.get(name) for name in _KEPT}))
+            kept.append(_stored(value, layout))
+            names |= value.keys() & set(_UNUSED)
             places.append(place)
         except RowError as error:
             bad.append((place, str(error)))
@@ -215,29 +236,37 @@ def _build(rows: Iterable[PlacedRow], where: str, layout: Layout | None, skip_ba
     if bad:
         first = "; ".join(f"{place}: {reason}" for place, reason in bad[:_SKIPPED_SHOWN])
         more = f"; and {len(bad) - _SKIPPED_SHOWN} more" if len(bad) > _SKIPPED_SHOWN else ""
-        logger.warning(f"{where}: skipped {len(bad)} bad rows of {len(kept) + len(bad)}: {first}{more}")
-    _refuse_mixed(where, [preference.conversational for preference, _ in kept], places)
-    identical = sum(preference.chosen == preference.rejected for preference, _ in kept)
+        logger.warning(f"{where}: skipped {count(len(bad), 'bad row')} of {len(kept) + len(bad)}: {first}{more}")
+    _refuse_mixed(where, [not isinstance(row["prompt"], str) for row in kept], places)
+    warn_unused(names, where)
+    identical = sum(row["chosen"] == row["rejected"] for row in kept)
     if identical:
         logger.warning(
-            f"{where}: chosen and rejected are identical in {identical} of {len(kept)} rows; they are kept "
+            f"{where}: chosen and rejected are identical in {identical} of {count(len(kept), 'row')}; they are kept "
             "and teach nothing (their loss has no gradient)."
         )
+    columns = {name: [row[name] for row in kept] for name in kept[0]}
+    for name in _OPTIONS:
+        if all(value is None for value in columns[name]):
+            del columns[name]
     try:
-        return Dataset.from_dict(_columns(kept))
+        return Dataset.from_dict(columns)
+    except OverflowError as error:
+        raise DataError(f"{where}: a number in the messages is too large to be stored: {error}.") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{where}: a key of the messages has several types in different rows: {error}.") from error
 
 
-def _columns(rows: list[tuple[Preference, dict[str, Any]]]) -> dict[str, list[Any]]:
-    columns = {name: [getattr(preference, name) for preference, _ in rows] for name in ("prompt", *_SIDES)}
-    tools = [preference.tools for preference, _ in rows]
-    options = {"tools": tools, **{name: [kept[name] for _, kept in rows] for name in _KEPT}}
-    for name, values in options.items():
-        if any(value is not None for value in values):
-            # free-form objects travel as JSON text: an Arrow column would give every row every row's keys
-            columns[name] = [to_json(value) for value in values] if name in ("tools", _KEPT[0]) else values
-    return columns
+def _stored(value: Any, layout: Layout | None = None) -> dict[str, Any]:
+    """The columns of one row, with None for an option that it lacks; raises `RowError`."""
+    try:
+        preference = preference_from_row(value, layout)
+        columns = {name: getattr(preference, name) for name in ("prompt", *_SIDES)}
+        # free-form objects travel as JSON text: an Arrow column would give every row every row's keys
+        options = (preference.tools, parse_template_options(value.get("chat_template_kwargs")))
+        return columns | {name: to_json(option) for name, option in zip(_OPTIONS, options, strict=True)}
+    except RecursionError:
+        raise RowError("is nested too deeply") from None
 
 
 def _list_bad_rows(where: str, bad: list[tuple[str, str]], total: int, skipping: bool) -> str:
@@ -248,7 +277,7 @@ def _list_bad_rows(where: str, bad: list[tuple[str, str]], total: int, skipping:
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more")
     fix = "No row is left." if skipping else "Fix them, or go on without them with --skip_bad_rows."
-    return "\n".join([f"{where}: {len(bad)} bad rows of {total}:", *lines, fix])
+    return "\n".join([f"{where}: {count(len(bad), 'bad row')} of {total}:", *lines, fix])
 
 
 def _refuse_mixed(where: str, conversational: list[bool], places: list[str]) -> None:
@@ -259,28 +288,23 @@ def _refuse_mixed(where: str, conversational: list[bool], places: list[str]) -> 
     place = places[conversational.index(minority)]
     kinds = ("plain text", "lists of messages")
     raise DataError(
-        f"{where} mixes {len(conversational) - chats} rows of plain text with {chats} of messages; wanted "
+        f"{where} mixes {count(len(conversational) - chats, 'row')} of plain text with {chats} of messages; wanted "
         f"one kind. The first of {kinds[minority]}: {place}."
     )
 
 
-def _normalize_batch(
-    batch: dict[str, list[Any]], indices: list[int], skip_bad_rows: bool, where: str
+def _normalize_one(
+    batch: dict[str, list[Any]], indices: list[int], skip_bad_rows: bool, where: str, skipped: set[str]
 ) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in ("prompt", *_SIDES, "tools")}
-    columns |= {name: [] for name in _KEPT if name in batch}
-    for position, index in enumerate(indices):
-        row = {name: values[position] for name, values in batch.items()}
-        try:
-            preference = preference_from_row(row)
-        except RowError as error:
-            if not skip_bad_rows:
-                raise DataError(f"{where}[{index}]: {error}.") from None
-            logger.warning(f"{where}[{index}]: skipped: {error}")
-            continue
-        for name in ("prompt", *_SIDES):
-            columns[name].append(getattr(preference, name))
-        columns["tools"].append(to_json(preference.tools))
-        for name in columns.keys() & set(_KEPT):
-            columns[name].append(row[name])
-    return columns
+    row = {name: values[0] for name, values in batch.items()}
+    try:
+        return {name: [value] for name, value in _stored(row).items()}
+    except RowError as error:
+        if not skip_bad_rows:
+            raise DataError(f"{where}[{indices[0]}]: {error}.") from None
+        said = f"{where}[{indices[0]}]: skipped: {error}"
+    if said not in skipped:  # a stream is read again: for its columns, and in every epoch
+        skipped.add(said)
+        logger.warning(f"{said} ({count(len(skipped), 'bad row')} so far)")
+    # no row, also in the columns that are dropped afterwards
+    return {name: [] for name in (*batch, "prompt", *_SIDES, *_OPTIONS)}

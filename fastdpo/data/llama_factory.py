@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.errors import DataError, RowError
+from fastdpo.data.errors import DataError, RowError, why_not_json
 from fastdpo.data.messages import Message, check_text, parse_tools
 
 _SHAREGPT_TAGS = {
@@ -213,7 +213,7 @@ def _tool_calls(text: Any, place: str) -> list[dict[str, Any]]:
         return [
             {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls
         ]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise RowError(f"`{place}` is not JSON text of a call with `name` and `arguments`") from None
 
 
@@ -245,8 +245,11 @@ def read_entries(folder: Path) -> dict[str, Any]:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; dataset_dir is the folder that holds dataset_info.json.") from None
-    except ValueError as error:
-        raise DataError(f"{path}: broken JSON: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{line}: {why_not_json(error)}.") from None
     if not isinstance(entries, dict):
         raise DataError(f"{path} holds {type(entries).__name__}; wanted one object that maps names to entries.")
     return entries
@@ -262,12 +265,22 @@ def parse_entry(name: str, entry: Any, folder: Path) -> Entry:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise DataError(f"{place}: formatting is {formatting!r}; wanted alpaca, sharegpt or openai.")
-    columns = entry.get("columns") or {}
+    for key in ("file_name", "hf_hub_url", "subset", "split"):
+        if not isinstance(entry.get(key) or "", str):
+            raise DataError(f"{place}: {key} is {type(entry[key]).__name__}; wanted text.")
+    columns, tags = _names(entry, "columns", place), _names(entry, "tags", place)
     media = [part for part in _MEDIA if columns.get(part)]
     if media:
         raise DataError(f"{place} has {', '.join(media)}; only text is supported.")
     if not entry.get("file_name") and not entry.get("hf_hub_url"):
         raise DataError(f"{place} has neither file_name nor hf_hub_url, the two sources that can be read.")
     file = folder / entry["file_name"] if entry.get("file_name") else None
-    layout = Layout(formatting, columns, entry.get("tags") or {})
+    layout = Layout(formatting, columns, tags)
     return Entry(name, layout, file, entry.get("hf_hub_url"), entry.get("subset"), entry.get("split"))
+
+
+def _names(entry: Mapping[str, Any], key: str, place: str) -> dict[str, str]:
+    names = entry.get(key) or {}
+    if not isinstance(names, Mapping) or not all(isinstance(name, str | None) for name in names.values()):
+        raise DataError(f"{place}: {key} is not an object that maps names to names.")
+    return {part: name for part, name in names.items() if name is not None}

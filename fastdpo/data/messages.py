@@ -4,9 +4,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.data.errors import RowError
+from fastdpo.data.errors import RowError, why_not_json
 
 Message = dict[str, Any]
+
+# the arguments of `apply_chat_template` that tokenization passes itself
+_OWN_OPTIONS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
 
 
 def check_text(value: Any, place: str, wanted: str = "text") -> None:
@@ -39,6 +42,7 @@ def clean_messages(messages: list[Any], name: str) -> list[Message]:
         message = {**message, "content": content}
         if calls:
             message["tool_calls"] = [_stored_call(call, f"{place}.tool_calls") for call in calls]
+        _refuse_huge_integers(message, place)
         cleaned.append(message)
     return cleaned
 
@@ -49,11 +53,27 @@ def parse_tools(value: Any) -> list[Any] | None:
         return None
     try:
         tools = json.loads(value) if isinstance(value, str) else without_nulls(value)
-    except ValueError as error:
-        raise RowError(f"`tools` is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"`tools` holds {why_not_json(error)}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError("`tools` is not a list of function descriptions, nor its JSON text")
     return tools or None
+
+
+def parse_template_options(value: Any) -> dict[str, Any] | None:
+    """`chat_template_kwargs` from a mapping or its JSON text; raises `RowError`."""
+    if value is None or value == "":
+        return None
+    try:
+        options = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"`chat_template_kwargs` holds {why_not_json(error)}") from None
+    if not isinstance(options, Mapping):
+        raise RowError(f"`chat_template_kwargs` is {type(options).__name__}; wanted an object (or its JSON text)")
+    taken = sorted(_OWN_OPTIONS & options.keys())
+    if taken:
+        raise RowError(f"`chat_template_kwargs` has `{taken[0]}`, which is set here and cannot be changed")
+    return without_nulls(options)
 
 
 def without_nulls(value: Any) -> Any:
@@ -82,6 +102,18 @@ def for_template(messages: list[Message]) -> list[Message]:
     return opened
 
 
+def _refuse_huge_integers(value: Any, place: str) -> None:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if not isinstance(item, str):
+                _refuse_huge_integers(item, f"{place}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_huge_integers(item, place)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RowError(f"`{place}` is an integer of more than 64 bits, which cannot be stored; write it as text")
+
+
 def _stored_call(call: Any, place: str) -> Message:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
@@ -90,7 +122,7 @@ def _stored_call(call: Any, place: str) -> Message:
     if isinstance(arguments, str):
         try:
             json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError(f"`{place}` has arguments that are not JSON: {arguments[:40]!r}") from None
     function = {**function, "arguments": to_json(arguments)}
     return {**call, "function": function} if "function" in call else function

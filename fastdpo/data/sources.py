@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from fastdpo.data.errors import DataError, RowError
+from fastdpo.data.errors import DataError, RowError, why_not_json
 from fastdpo.data.llama_factory import Entry, Layout, parse_entry, read_entries
 
 logger = logging.getLogger(__name__)
@@ -85,10 +85,10 @@ def _is_one_object(data: bytes) -> bool:
     first_line = data.lstrip().split(b"\n", 1)[0]
     try:
         json.loads(first_line)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             return isinstance(json.loads(data), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     return False
 
@@ -98,8 +98,8 @@ def _parse_line(line: bytes) -> Any:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 text ({error.reason} at byte {error.start})")
-    except json.JSONDecodeError as error:
-        return RowError(f"broken JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return RowError(why_not_json(error))
 
 
 def _read_json_array(path: Path, data: bytes) -> Iterator[PlacedRow]:
@@ -115,6 +115,12 @@ def _read_json_array(path: Path, data: bytes) -> Iterator[PlacedRow]:
         line += text.count("\n", counted, position)
         counted = position
         if text[position : position + 1] == "]":
+            after = _skip(text, position + 1, " \t\r\n")
+            if after < len(text):
+                raise DataError(
+                    f"{path}:{line + text.count(chr(10), position, after)}: text after the end of the array; store "
+                    "all rows in one array, or one row per line (jsonl)."
+                )
             return
         row += 1
         try:
@@ -122,11 +128,12 @@ def _read_json_array(path: Path, data: bytes) -> Iterator[PlacedRow]:
             after = _skip(text, position, " \t\r\n")
             if text[after : after + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             # the array cannot be read on after this place, so skipping would lose the rest without a word
+            place = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise DataError(
-                f"{path}:{error.lineno}: broken JSON in row {row}: {error.msg} (column {error.colno}); the "
-                "array cannot be read from there on. Fix that line, or store one row per line (jsonl)."
+                f"{path}:{place}: row {row}: {why_not_json(error)}; the array cannot be read from there on. Fix "
+                "that line, or store one row per line (jsonl)."
             ) from None
         yield f"{path}:{line} (row {row})", value
         position = after + 1 if text[after] == "," else after
@@ -147,16 +154,23 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
     line = 1
     limit = csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is shorter than long chats
     try:
-        header = next(reader, None)
+        header = next(reader, None) or []
+        _refuse_twice(f"{path}:1", header)
         line = reader.line_num + 1
         for cells in reader:
             if cells:
-                yield f"{path}:{line}", _csv_row(header or [], cells)
+                yield f"{path}:{line}", _csv_row(header, cells)
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: broken CSV: {error}.") from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _refuse_twice(place: str, names: list[str]) -> None:
+    twice = next((name for index, name in enumerate(names) if name and name in names[:index]), None)
+    if twice is not None:
+        raise DataError(f"{place}: more than one column is named `{twice}`; rename or remove the others.")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:
@@ -174,6 +188,8 @@ def _csv_cell(name: str, cell: str) -> Any:
         return cell
     try:
         return json.loads(cell)
+    except RecursionError as error:
+        raise RowError(f"`{name}` holds {why_not_json(error)}") from None
     except ValueError:
         if "'role'" in cell or "'from'" in cell:
             raise RowError(f"`{name}` holds messages as Python text; wanted JSON text (or a jsonl file)") from None
@@ -186,6 +202,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
 
     try:
         file = pq.ParquetFile(path)
+        _refuse_twice(str(path), file.schema_arrow.names)
         number = 0
         for batch in file.iter_batches():
             for row in batch.to_pylist():
@@ -221,7 +238,7 @@ def _open_entry(entry: Entry, split: str, config: str | None) -> Source:
 
 def _open_folder(path: Path, split: str, config: str | None) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(path))
+        saved = _from_disk(path)
         if isinstance(saved, DatasetDict):
             if split not in saved:
                 raise DataError(f"{path} has no split {split!r}; it has {', '.join(map(str, saved))}.")
@@ -238,7 +255,33 @@ def _open_folder(path: Path, split: str, config: str | None) -> Source:
             f"{path / 'dataset_info.json'} has {len(ranking)} preference entries "
             f"({', '.join(ranking) or 'none'}); choose one with --dataset_name NAME --dataset_dir {path}."
         )
+    files = _split_files(path, split, config)
+    if files is not None:
+        return Source(str(path), (row for file in files for row in read_file(file)))
     return Source(str(path), dataset_rows(_from_hub(str(path), config, split), str(path)))
+
+
+def _from_disk(path: Path) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a missing, cut or foreign file
+        what = f"{error.filename} is missing" if isinstance(error, FileNotFoundError) else _first_line(error)
+        raise DataError(f"{path} is a save_to_disk folder that cannot be read ({what}); save it again.") from error
+
+
+def _split_files(path: Path, split: str, config: str | None) -> list[Path] | None:
+    """The data files that `datasets` finds for a split of a folder; None where only `datasets` can read them."""
+    try:
+        found = load_dataset_builder(str(path), config).config.data_files
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} could not be loaded ({_first_line(error)}).") from error
+    # a name such as train[:10%] is for datasets
+    if not isinstance(found, dict) or not split.isidentifier():
+        return None
+    if split not in found:
+        raise DataError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
+    files = [Path(file) for file in found[split]]
+    return files if all(file.is_file() and file.suffix.lower() in FILE_TYPES for file in files) else None
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Dataset:
@@ -250,6 +293,9 @@ def _from_hub(name: str, config: str | None, split: str) -> Dataset:
             f"{name} is neither a file nor a folder here, and the hub could not be reached or has no such "
             f"dataset ({_first_line(error)})."
         ) from error
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{name}: a data file could not be read ({_first_line(cause)}).") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{name} could not be loaded ({_first_line(error)}).") from error
     if not isinstance(dataset, Dataset):
@@ -257,7 +303,7 @@ def _from_hub(name: str, config: str | None, split: str) -> Dataset:
     return dataset
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -1,24 +1,23 @@
 """Preference rows -> prompt_ids, chosen_ids, rejected_ids: the ids that TRL 1.16 makes of the same rows."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.collate import check_truncation
-from fastdpo.data.errors import DataError
+from fastdpo.data.errors import DataError, count
+from fastdpo.data.formats import warn_unused
 from fastdpo.data.messages import for_template, from_json
 
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# what the collator and the trainer read beside the ids
-KEPT_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _PROMPT_CUT = "_prompt_tokens_cut"
 
 
@@ -28,8 +27,9 @@ class TokenizeReport:
 
     rows: rows that are left.
     dropped_long_prompt: rows dropped because the prompt alone fills `max_length` (keep_start only, as TRL).
+    dropped_unscored: other rows dropped because neither completion has a scored token.
     truncated_chosen, truncated_rejected: kept rows whose sequence the collator cuts at `max_length`.
-    empty_after_truncation: kept rows in which a completion has no scored token.
+    empty_after_truncation: kept rows in which one completion has no scored token.
     prompt_cut: rows whose prompt ends in tokens that are not a prefix of prompt + completion; these tokens
         are left out (see `tokenize_row`).
     """
@@ -38,6 +38,7 @@ class TokenizeReport:
     rows: int | None
     max_length: int | None
     dropped_long_prompt: int | None = None
+    dropped_unscored: int | None = None
     truncated_chosen: int | None = None
     truncated_rejected: int | None = None
     empty_after_truncation: int | None = None
@@ -49,13 +50,20 @@ class TokenizeReport:
     def __str__(self) -> str:
         if self.rows is None:
             return f"{self.name}: streamed, rows are tokenized as they come and not counted"
+        pairs = f"{self.name}: {count(self.rows, 'pair')}"
         if self.max_length is None:
-            return f"{self.name}: {self.rows} pairs, no max_length"
-        return (
-            f"{self.name}: {self.rows} pairs; max_length {self.max_length} cuts {self.truncated_chosen} "
-            f"chosen and {self.truncated_rejected} rejected; dropped {self.dropped_long_prompt} whose prompt "
-            "alone fills it"
-        )
+            parts = [f"{pairs}, no max_length"]
+        else:
+            parts = [
+                f"{pairs}; max_length {self.max_length} cuts {self.truncated_chosen} chosen and "
+                f"{self.truncated_rejected} rejected",
+                f"dropped {self.dropped_long_prompt} whose prompt alone fills it",
+            ]
+        if self.dropped_unscored:
+            parts.append(f"dropped {self.dropped_unscored} without a scored token")
+        if self.empty_after_truncation:
+            parts.append(f"{self.empty_after_truncation} with no scored token in one of the completions")
+        return "; ".join(parts)
 
 
 def common_prefix_length(ids: list[int], other: list[int]) -> int:
@@ -117,24 +125,30 @@ def tokenize_dataset(
     """Tokenize the rows of `load_preferences` or `normalize_dataset`.
 
     Returns the dataset with columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ints, not truncated:
-    the collator truncates), with `ref_chosen_logps` and `ref_rejected_logps` where the rows have them, and a
-    report. With `truncation_mode="keep_start"` rows whose prompt alone has `max_length` tokens or more are
-    dropped and counted: no completion token of theirs could be scored. A dataset that already has the three
-    columns is only filtered. An `IterableDataset` is mapped and filtered lazily.
+    the collator truncates) and a report. With `truncation_mode="keep_start"` rows whose prompt alone has
+    `max_length` tokens or more are dropped and counted: no completion token of theirs could be scored. So are
+    other rows that leave nothing to score in either completion. A dataset that already has the three columns
+    is only checked (lists of ints of 0 or more) and filtered. An `IterableDataset` is mapped, checked and
+    filtered lazily.
 
     Raises `DataError` when the rows need what the tokenizer lacks (a chat template, an EOS token), when a
-    column is missing, when the template refuses a row, or when no row is left.
+    column is missing, when the template refuses a row, when given ids are none, or when no row is left.
     """
     check_truncation(max_length, truncation_mode)
     first = next(iter(dataset), None)
     if first is None:
         raise DataError(f"{name}: the dataset has no row.")
-    if not set(ID_COLUMNS) <= first.keys():
+    tokenized = set(ID_COLUMNS) <= first.keys()
+    if tokenized:
+        warn_unused(first, name)
+        if isinstance(dataset, IterableDataset):
+            dataset = dataset.map(_check_ids, with_indices=True, fn_kwargs={"name": name})
+    else:
         _check_tokenizer(first, tokenizer, name)
         options: dict[str, Any] = {
             "with_indices": True,
             "fn_kwargs": {"tokenizer": tokenizer, "name": name},
-            "remove_columns": [column for column in first if column not in KEPT_COLUMNS],
+            "remove_columns": list(first),
         }
         if isinstance(dataset, Dataset):
             # one process more than rows would only start for nothing
@@ -143,24 +157,16 @@ def tokenize_dataset(
                 "desc": f"Tokenizing {name}",
             }
         dataset = dataset.map(_tokenize_indexed, **options)
-        if isinstance(dataset, IterableDataset):
-            dataset = dataset.remove_columns(_PROMPT_CUT)
 
-    limit = max_length if truncation_mode == "keep_start" else None
     if isinstance(dataset, IterableDataset):
-        if limit is not None:
-            dataset = dataset.filter(_prompt_fits, fn_kwargs={"max_length": limit})
+        limits = {"max_length": max_length, "truncation_mode": truncation_mode}
+        dataset = dataset.select_columns(list(ID_COLUMNS)).filter(_is_usable, fn_kwargs=limits)
         return dataset, TokenizeReport(name, None, max_length)
 
-    lengths = _lengths(dataset)
-    kept = range(len(dataset)) if limit is None else [i for i, n in enumerate(lengths["prompt_ids"]) if n < limit]
+    lengths = _lengths(dataset, name if tokenized else None)
+    kept, report = _select(lengths, max_length, truncation_mode, name)
     if not kept:
-        raise DataError(
-            f"{name}: all {len(dataset)} rows were dropped, since each prompt alone has "
-            f"max_length={max_length} tokens or more (the shortest has {min(lengths['prompt_ids'])}); raise "
-            "max_length."
-        )
-    report = _count(lengths, kept, max_length, truncation_mode, name)
+        raise DataError(_none_left(lengths, report))
     if report.prompt_cut:
         logger.warning(
             f"{name}: in {report.prompt_cut} of {len(kept)} rows the prompt alone ends in other tokens than "
@@ -169,9 +175,7 @@ def tokenize_dataset(
         )
     if len(kept) < len(dataset):
         dataset = dataset.select(kept)
-    if _PROMPT_CUT in dataset.column_names:
-        dataset = dataset.remove_columns(_PROMPT_CUT)
-    return dataset, report
+    return dataset.select_columns(list(ID_COLUMNS)), report
 
 
 def _tokenize_indexed(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
@@ -181,8 +185,31 @@ def _tokenize_indexed(row: dict[str, Any], index: int, tokenizer: PreTrainedToke
         raise DataError(f"{name}[{index}]: the chat template refuses this row: {error}") from None
 
 
-def _prompt_fits(row: dict[str, Any], max_length: int) -> bool:
-    return len(row["prompt_ids"]) < max_length
+def _check_ids(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
+    for column in ID_COLUMNS:
+        ids: Any = row.get(column)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a stream formatted as numpy or torch
+        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise DataError(_bad_ids(name, index, column))
+    return row
+
+
+def _bad_ids(name: str, index: int, column: str) -> str:
+    return f"{name}[{index}]: `{column}` is not a list of token ids; wanted integers of 0 or more."
+
+
+def _is_usable(row: dict[str, Any], max_length: int | None, truncation_mode: str) -> bool:
+    prompt = len(row["prompt_ids"])
+    return any(_scored(prompt, len(row[side]), max_length, truncation_mode)[1] for side in ID_COLUMNS[1:])
+
+
+def _scored(prompt: int, completion: int, max_length: int | None, truncation_mode: str) -> tuple[int, int]:
+    """How many tokens the collator cuts off a sequence of these lengths, and how many it then scores."""
+    whole = prompt + completion
+    over = max(whole - max_length, 0) if max_length is not None else 0
+    prompt_left = prompt if truncation_mode == "keep_start" else max(prompt - over, 0)
+    # position 0 has nothing before it that could predict it
+    return over, max(whole - over - max(prompt_left, 1), 0)
 
 
 def _check_tokenizer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -202,46 +229,84 @@ def _check_tokenizer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, na
         )
 
 
-def _lengths(dataset: Dataset) -> dict[str, list[int]]:
-    """Lengths of the id columns, and the cut tokens, read from Arrow without making Python lists of ids."""
+def _lengths(dataset: Dataset, check: str | None) -> dict[str, list[int]]:
+    """Lengths of the id columns, and the cut tokens, read from Arrow without making Python lists of ids.
+
+    check: the dataset's name where the ids come from elsewhere; `DataError` then names the first row whose ids
+    are none.
+    """
     columns = [column for column in (*ID_COLUMNS, _PROMPT_CUT) if column in dataset.column_names]
     lengths: dict[str, list[int]] = {column: [] for column in columns}
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
         for column in columns:
             for chunk in cast("pa.Table", table).column(column).chunks:
-                lengths[column] += (chunk if column == _PROMPT_CUT else chunk.value_lengths()).to_pylist()
+                if check is not None:
+                    bad = _first_bad_ids(chunk)
+                    if bad is not None:
+                        raise DataError(_bad_ids(check, len(lengths[column]) + bad, column))
+                lengths[column] += (
+                    chunk if column == _PROMPT_CUT else pc.call_function("list_value_length", [chunk])
+                ).to_pylist()
     return lengths
 
 
-def _count(
-    lengths: dict[str, list[int]],
-    kept: Sequence[int],
-    max_length: int | None,
-    truncation_mode: str,
-    name: str,
-) -> TokenizeReport:
-    truncated = {"chosen_ids": 0, "rejected_ids": 0}
-    empty = 0
-    for index in kept:
-        prompt = lengths["prompt_ids"][index]
-        scored = []
-        for side in truncated:
-            whole = prompt + lengths[side][index]
-            over = max(whole - max_length, 0) if max_length is not None else 0
-            truncated[side] += over > 0
-            prompt_left = prompt if truncation_mode == "keep_start" else max(prompt - over, 0)
-            # position 0 has nothing before it that could predict it
-            scored.append(whole - over - max(prompt_left, 1))
-        empty += min(scored) < 1
-    return TokenizeReport(
+def _first_bad_ids(chunk: Any) -> int | None:
+    """The first element of an Arrow array that is not a list of integers of 0 or more."""
+    kind = chunk.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
+        return 0
+    ids = chunk.flatten()
+    if not chunk.null_count and not ids.null_count and (pc.call_function("min", [ids]).as_py() or 0) >= 0:
+        return None
+    return next(
+        index
+        for index, row in enumerate(chunk.to_pylist())
+        if row is None or any(token is None or token < 0 for token in row)
+    )
+
+
+def _select(
+    lengths: dict[str, list[int]], max_length: int | None, truncation_mode: str, name: str
+) -> tuple[list[int], TokenizeReport]:
+    """The rows that have something to score, and the counts of the others."""
+    kept: list[int] = []
+    long_prompt = unscored = empty = 0
+    truncated = [0, 0]
+    for index, (prompt, *completions) in enumerate(zip(*(lengths[column] for column in ID_COLUMNS), strict=True)):
+        if truncation_mode == "keep_start" and max_length is not None and prompt >= max_length:
+            long_prompt += 1
+            continue
+        cut, scored = zip(*(_scored(prompt, n, max_length, truncation_mode) for n in completions), strict=True)
+        if not any(scored):
+            unscored += 1
+            continue
+        kept.append(index)
+        truncated = [total + (over > 0) for total, over in zip(truncated, cut, strict=True)]
+        empty += not all(scored)
+    report = TokenizeReport(
         name=name,
         rows=len(kept),
         max_length=max_length,
-        dropped_long_prompt=len(lengths["prompt_ids"]) - len(kept),
-        truncated_chosen=truncated["chosen_ids"],
-        truncated_rejected=truncated["rejected_ids"],
+        dropped_long_prompt=long_prompt,
+        dropped_unscored=unscored,
+        truncated_chosen=truncated[0],
+        truncated_rejected=truncated[1],
         empty_after_truncation=empty,
         prompt_cut=sum(lengths[_PROMPT_CUT][index] > 0 for index in kept) if _PROMPT_CUT in lengths else 0,
+    )
+    return kept, report
+
+
+def _none_left(lengths: dict[str, list[int]], report: TokenizeReport) -> str:
+    total, long_prompt = len(lengths["prompt_ids"]), report.dropped_long_prompt
+    rows = f"all {total} rows were" if total > 1 else "the only row was"
+    if not long_prompt:
+        return f"{report.name}: {rows} dropped, since no completion has a token that could be scored."
+    rest = f" or no scored token ({report.dropped_unscored})" if report.dropped_unscored else ""
+    return (
+        f"{report.name}: {rows} dropped, since each prompt alone has max_length={report.max_length} tokens or "
+        f"more{rest} (the shortest has {min(lengths['prompt_ids'])}); raise max_length."
     )
 
 
