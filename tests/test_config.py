@@ -52,8 +52,8 @@ def test_own_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"beta": 0.0}, "beta must be > 0, got 0.0"),
-        ({"beta": float("nan")}, "beta must be > 0"),
+        ({"beta": 0.0}, "beta must be a number > 0, got 0.0"),
+        ({"beta": float("nan")}, "beta must be a number > 0, got nan"),
         ({"loss_type": "sigmoi"}, "Did you mean 'sigmoid'?"),
         ({"loss_type": []}, "loss_type is empty"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in [0, 0.5), got 0.5"),
@@ -64,6 +64,15 @@ def test_own_defaults() -> None:
         ({"pad_to_multiple_of": "eight"}, "pad_to_multiple_of must be 'auto' or a number >= 1, got 'eight'"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be"),
         ({"dataset_num_proc": 0}, "dataset_num_proc must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"learning_rate": -1e-6}, "learning_rate must be a number >= 0, got -1e-06"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number >= 0, got nan"),
+        ({"logging_steps": float("nan")}, "logging_steps must be a number of steps"),
+        ({"eval_steps": float("inf")}, "eval_steps must be a number of steps"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be > 0 where max_steps is not set, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
     ],
 )
@@ -72,6 +81,11 @@ def test_wrong_value_is_answered_in_one_sentence(options: dict[str, Any], words:
         DPOConfig(use_cpu=True, **options)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_output_dir_is_the_default_one() -> None:
+    assert DPOConfig(use_cpu=True, output_dir=None).output_dir == "output"
+    assert DPOConfig(use_cpu=True, num_train_epochs=0, max_steps=1).max_steps == 1
 
 
 def test_tracker_that_is_not_installed_is_answered_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +111,9 @@ def test_bf16_follows_the_device_and_says_so(monkeypatch: pytest.MonkeyPatch, ca
     assert sum("bf16 is off" in line for line in caplog.messages) == 1
     monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: True)
     assert DPOConfig(use_cpu=True).bf16 is False
+    caplog.clear()
     assert DPOConfig(use_cpu=True, fp16=True).bf16 is False
+    assert caplog.messages == ["fp16 needs a GPU, and none is in use: training is in fp32."]
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without accelerator is meant")

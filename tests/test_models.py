@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -194,6 +195,35 @@ def test_wrong_models_are_answered_in_one_sentence(tmp_path: Path, bf16_checkpoi
     adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has an adapter already"):
         load_policy(adapted, args, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_weights_that_are_cut_short_or_lack_a_tensor_are_refused(bf16_checkpoint: str) -> None:
+    args = DPOConfig(use_cpu=True)
+    path = Path(bf16_checkpoint) / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(ValueError, match=r"cannot load model '.*model': .*") as caught:
+        load_policy(bf16_checkpoint, args)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    weights = load_file(path)
+    del weights["lm_head.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack lm_head.weight, which would start at random"):
+        load_policy(bf16_checkpoint, args)
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    policy = load_policy(str(tmp_path), DPOConfig(use_cpu=True))
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight
+
+
+def test_modules_to_save_must_exist() -> None:
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_haed"])
+    with pytest.raises(ValueError, match="modules_to_save names 'lm_haed', and LlamaForCausalLM has no module"):
+        load_policy(llama(), DPOConfig(use_cpu=True), adapter)
 
 
 def test_adapter_weights_depend_on_the_seed_alone(bf16_checkpoint: str) -> None:

@@ -47,6 +47,27 @@ def test_one_line_per_step_with_training_and_evaluation_merged():
     ]
 
 
+def test_the_order_of_columns_is_that_of_an_undisturbed_run():
+    log = [record(1, 0.7, num_tokens=8, entropy=1.5, eval_loss=0.6, grad_norm=2.0)]
+    through_a_checkpoint = [dict(sorted(log[0].items()))]
+    assert metrics_csv(through_a_checkpoint) == metrics_csv(log)
+    assert metrics_csv(log).splitlines()[0] == "step,epoch,loss,rewards/margins,entropy,grad_norm,num_tokens,eval_loss"
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_run_time(args: TrainingArguments, metrics: Path):
+    control, run = TrainerControl(), {"train_runtime": 7.0, "train_loss": 0.6, "step": 2}
+    state = TrainerState(log_history=[record(2, 0.5), run], global_step=2)
+    MetricsReport().write(args, state)
+    for first_step, runtime in ((2, 7.0), (1, 0.001)):
+        again = MetricsReport()
+        resumed = TrainerState(log_history=[record(1, 0.6)], global_step=first_step)
+        again.on_train_begin(args, resumed, control)
+        resumed.global_step = 2
+        resumed.log_history += [record(2, 0.5), {"train_runtime": 0.001, "step": 2}]
+        again.on_train_end(args, resumed, control)
+        assert json.loads((metrics / "summary.json").read_text())["runtime"]["train_runtime"] == runtime
+
+
 def test_a_record_of_a_step_that_is_logged_again_replaces_the_first():
     assert metric_rows([record(1, 0.7), record(2, 0.6), record(2, 0.5)]) == [record(1, 0.7), record(2, 0.5)]
 

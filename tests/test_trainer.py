@@ -2,9 +2,10 @@
 
 import gc
 import json
+import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -518,6 +520,65 @@ def test_streamed_dataset_and_tokenizer_alias(tmp_path: Path) -> None:
     assert trainer.tokenizer.pad_token == "</s>"
 
 
+def test_streamed_messages_without_a_prompt_are_normalized(tmp_path: Path) -> None:
+    def rows() -> Any:
+        for i in range(1, 9):
+            question = {"role": "user", "content": f"w{i} w2"}
+            answers = ({"role": "assistant", "content": f"w{i + shift} w4"} for shift in (3, 5))
+            chosen, rejected = ([question, answer] for answer in answers)
+            yield {"chosen": chosen, "rejected": rejected}
+
+    chat = tokenizer()
+    chat.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    chat.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    args = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=2, save_strategy="no", per_device_train_batch_size=2
+    )
+    streamed, whole = (
+        cast(Any, DPOTrainer(model(), args=args, train_dataset=dataset, processing_class=chat).train_dataset)
+        for dataset in (IterableDataset.from_generator(rows), Dataset.from_list(list(rows())))
+    )
+    ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    assert [[row[name] for name in ids] for row in streamed] == [[row[name] for name in ids] for row in whole]
+    assert next(iter(streamed))["chosen_ids"] == [4, 4]
+    DPOTrainer(model(), args=args, train_dataset=streamed, processing_class=chat).train()
+
+
+def test_predict_takes_text(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "w5", "chosen": "w6", "rejected": "w7"}] * 3)
+    trainer = make(tmp_path)
+    metrics = trainer.predict(rows).metrics
+    assert metrics["test_loss"] == pytest.approx(math.log(2))
+    assert metrics["test_loss"] == trainer.evaluate(rows)["eval_loss"]
+
+
+@pytest.mark.skipif("train_sampling_strategy" not in TrainingArguments.__dataclass_fields__, reason="another name")
+def test_grouping_by_length_sees_the_longer_side(tmp_path: Path) -> None:
+    trainer = make(tmp_path, train=pairs(16), train_sampling_strategy="group_by_length")
+    rows = cast(Any, trainer.train_dataset)
+    wanted = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    assert rows["length"] == wanted
+    trainer.train()
+    assert len(train_logs(trainer)) == 4
+    trainer.evaluate(rows)
+
+
+def test_ids_and_vocabularies_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    rows = pairs(4).to_list()
+    rows[2]["chosen_ids"][1] = VOCABULARY
+    with pytest.raises(
+        ValueError, match=r"train_dataset\[2\].chosen_ids has the id 61, and the model embeds ids 0 to 60"
+    ):
+        make(tmp_path, train=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"eval_dataset\[2\].chosen_ids has the id 61"):
+        make(tmp_path, eval_dataset=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="the tokenizer has 61 tokens and the reference embeds 40"):
+        make(tmp_path, ref_model=model(vocab_size=40))
+
+
 def test_text_rows_are_tokenized(tmp_path: Path) -> None:
     rows = [{"prompt": "w3 w4 ", "chosen": "w5 w6", "rejected": "w7"}] * 4
     tokens = tokenizer()
@@ -550,3 +611,13 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DPOConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match=r"2 GPUs are visible to one process.*CUDA_VISIBLE_DEVICES"):
         make(tmp_path)
+
+
+def test_rows_that_lose_a_completion_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = pairs(4).to_list()
+    rows[0] |= {"chosen_ids": [], "rejected_ids": []}
+    rows[1] |= {"chosen_ids": []}
+    make(tmp_path, train=Dataset.from_list(rows))
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (line,) = [line for line in said if line.startswith("train: 3 pairs")]
+    assert "dropped 1 without a scored token; 1 with no scored token in one of the completions" in line

@@ -25,6 +25,10 @@ _STAGING = "_incomplete-checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+class CheckpointError(ValueError):
+    """Training cannot go on from the checkpoint that was asked for; the message is one sentence."""
+
+
 def staging_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
     """Where the checkpoint of `step` is written before it is complete."""
     return Path(run_dir) / f"{_STAGING}{step}"
@@ -149,15 +153,20 @@ def newest_complete(run_dir: str | os.PathLike[str], sharded: bool = False) -> s
 
 
 def resolve_resume(
-    resume: str | bool | os.PathLike[str] | None, run_dir: str | os.PathLike[str], sharded: bool = False
+    resume: str | bool | os.PathLike[str] | None,
+    run_dir: str | os.PathLike[str],
+    sharded: bool = False,
+    adapter: bool | None = None,
 ) -> str | None:
     """The checkpoint to go on from, or None to start at step 0.
 
     True takes the newest complete checkpoint in `run_dir`; when there is none, training starts from scratch,
-    so that the command of a run that was killed before its first save can simply be repeated.
+    so that the command of a run that was killed before its first save can simply be repeated. `adapter` says
+    whether an adapter is trained; None: not known yet.
 
     Raises:
-        ValueError: a checkpoint given by path that is not complete.
+        CheckpointError: a checkpoint given by path that is not complete, or one of an adapter where the whole
+            model is trained, or the other way round.
     """
     if resume is None or resume is False:
         return None
@@ -166,12 +175,28 @@ def resolve_resume(
         if found is None:
             logger.warning(f"resume: no complete checkpoint in {run_dir}, starting from scratch.")
         else:
+            _check_kind(found, sharded, adapter)
             logger.warning(f"resume: going on from {found}.")
         return found
     reason = incomplete_reason(resume, sharded)
     if reason is not None:
-        raise ValueError(f"cannot resume from {os.fspath(resume)}: {reason}.")
+        raise CheckpointError(f"cannot resume from {os.fspath(resume)}: {reason}.")
+    _check_kind(resume, sharded, adapter)
     return os.fspath(resume)
+
+
+def _check_kind(folder: str | os.PathLike[str], sharded: bool, adapter: bool | None) -> None:
+    if sharded or adapter is None:
+        return
+    path = Path(folder)
+    whole_model = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    if whole_model == adapter:
+        kinds = ("the whole model", "an adapter")
+        fix = "without --use_peft (peft_config)" if adapter else "with --use_peft (peft_config)"
+        raise CheckpointError(
+            f"cannot resume from {path}: it is a checkpoint of {kinds[not whole_model]} and this run trains "
+            f"{kinds[adapter]}; go on {fix}, or use another output_dir."
+        )
 
 
 def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`DPOConfig`: transformers' `TrainingArguments` plus what DPO needs, under TRL 1.16's names and defaults."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -125,10 +126,13 @@ class DPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.output_dir is None:
+            self.output_dir = "output"
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         check_loss_options(self.loss_type, self.beta, self.label_smoothing, self.loss_weights)
         self._check_lengths()
+        self._check_schedule()
         self._check_trackers()
         self._choose_precision()
         # the alias is deprecated in transformers 5.2x; the default of ours is no reason for a warning
@@ -154,6 +158,21 @@ class DPOConfig(TrainingArguments):
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise ValueError(f"dataset_num_proc must be at least 1, got {self.dataset_num_proc}.")
 
+    def _check_schedule(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate must be a number >= 0, got {self.learning_rate}.")
+        for name in ("logging_steps", "save_steps", "eval_steps"):
+            steps = getattr(self, name)
+            if steps is not None and not (math.isfinite(steps) and steps >= 0):
+                raise ValueError(f"{name} must be a number of steps, or a share of them below 1, got {steps}.")
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be at least 1, or -1 to train for num_train_epochs, got 0.")
+        if self.max_steps < 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
+            raise ValueError(f"num_train_epochs must be > 0 where max_steps is not set, got {self.num_train_epochs}.")
+
     def _check_trackers(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
         for name in names:
@@ -171,6 +190,8 @@ class DPOConfig(TrainingArguments):
                 )
 
     def _choose_precision(self) -> None:
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            logger.warning("fp16 needs a GPU, and none is in use: training is in fp32.")
         if self.bf16 is None:
             device_has_it = not self.use_cpu and is_torch_bf16_gpu_available()
             self.bf16 = bool(device_has_it and not self.fp16)  # pyright: ignore[reportIncompatibleVariableOverride] as above

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 
 from fastdpo.training import checkpoints
@@ -23,6 +24,7 @@ class SafeCheckpointTrainer(Trainer):
     _push_later = False
     _loss_since_log: torch.Tensor | None = None
     _resumed: dict[str, Any] | None = None
+    _began_at_checkpoint = False
 
     def extra_state(self) -> dict[str, Any]:
         """JSON values to keep in a checkpoint; called on every process."""
@@ -41,7 +43,8 @@ class SafeCheckpointTrainer(Trainer):
         if self.args.should_save:
             for name in checkpoints.remove_leftovers(run_dir):
                 logger.warning(f"removed {name}, which a killed run left in {run_dir}.")
-        checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, run_dir, self._sharded)
+        adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, run_dir, self._sharded, adapter)
         old = checkpoints.checkpoints_by_step(run_dir)
         if old and not resume_from_checkpoint:
             logger.warning(
@@ -115,9 +118,22 @@ class SafeCheckpointTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
+        self._began_at_checkpoint = resume_from_checkpoint is not None
         self._resumed = checkpoints.load_state(resume_from_checkpoint) if resume_from_checkpoint else None
         self.load_extra_state(self._resumed)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        if skip_scheduler and self.state.global_step > 0:
+            # eval_on_start: the run started before, and the checkpoint's history has that evaluation
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; the record of a resumed run has no `train_loss`, which would cover this call only."""
+        if "train_runtime" in logs and self._began_at_checkpoint:
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}
+        super().log(logs, start_time)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:

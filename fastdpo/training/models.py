@@ -3,8 +3,11 @@
 import logging
 from typing import Any, cast
 
+import pyarrow as pa
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from fastdpo.data.tokenize import ID_COLUMNS
 from fastdpo.training.config import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,7 @@ def load_policy(
             "leave peft_config out to go on training it."
         )
     _check_adapter_type(peft_config)
+    _check_modules_to_save(peft_config, model)
     # TRL draws the adapter's weights right after set_seed; nothing may take random numbers in between
     set_seed(args.seed)
     return cast(PeftModel, get_peft_model(model, peft_config))
@@ -77,9 +82,18 @@ def _from_pretrained(path: str, args: DPOConfig, quantization_config: Any, defau
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         _check_text_causal_lm(config, (config.architectures or [config.model_type])[0])
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    except OSError as error:
+        model, loaded = cast(Any, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot load model {path!r}: {_first_line(error)}") from error
+    # weights that are tied to others, or that the architecture may lack, are not among these
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"cannot load model {path!r}: its weights lack {missing[0]}{more}, which would start at random; give a "
+            "complete checkpoint of a causal LM."
+        )
+    return model
 
 
 def _first_line(error: Exception) -> str:
@@ -101,6 +115,16 @@ def _check_adapter_type(config: PeftConfig) -> None:
             f"adapter type {config.peft_type} puts virtual tokens before the prompt, which fastdpo does not "
             "support; use LoRA."
         )
+
+
+def _check_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for wanted in getattr(config, "modules_to_save", None) or []:
+        if not any(name.endswith(wanted) for name in names):
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, and {type(model).__name__} has no module whose name ends so; the "
+                f"last part of one is wanted, for instance {names[-1].split('.')[-1]}."
+            )
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
@@ -138,13 +162,39 @@ def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokeniz
     return given
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel | PeftModel) -> None:
-    embedded = policy.config.get_text_config().vocab_size
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, what: str = "model"
+) -> None:
+    """`what` names the model in the message."""
+    embedded = model.config.get_text_config().vocab_size
     if len(tokenizer) > embedded:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {embedded}; use the model's own "
+            f"the tokenizer has {len(tokenizer)} tokens and the {what} embeds {embedded}; use the model's own "
             "tokenizer, or resize_token_embeddings."
         )
+
+
+def check_token_ids(dataset: Any, embedded: int, name: str) -> None:
+    """Refuse a row, tokenized elsewhere, with an id that a model of `embedded` tokens does not have.
+
+    Rows that are not tokenized yet, and streams, are left alone.
+    """
+    if not isinstance(dataset, Dataset) or not set(ID_COLUMNS) <= set(dataset.column_names):
+        return
+    for column in ID_COLUMNS:
+        row = 0
+        for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
+            for chunk in cast("pa.Table", table).column(column).chunks:
+                values = chunk.flatten().to_numpy(zero_copy_only=False)
+                if len(values) and (values.max() >= embedded or values.min() < 0):
+                    ids = chunk.to_pylist()
+                    bad = next(i for i, row_ids in enumerate(ids) if any(not 0 <= x < embedded for x in row_ids))
+                    value = next(x for x in ids[bad] if not 0 <= x < embedded)
+                    raise ValueError(
+                        f"{name}[{row + bad}].{column} has the id {value}, and the model embeds ids 0 to "
+                        f"{embedded - 1}; tokenize with the model's own tokenizer."
+                    )
+                row += len(chunk)
 
 
 def check_arguments(model: Any, ref_model: Any, args: Any, compute_metrics: Any) -> None:

@@ -65,11 +65,11 @@ def metric_rows(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def metric_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """step, epoch, loss, rewards and logps first, then the others as they appeared, eval_* last."""
-    seen = list(dict.fromkeys(name for row in rows for name in row))
+    """step, epoch, loss, rewards and logps first, then the others by name, eval_* last."""
+    seen = {name for row in rows for name in row}
     leading = [name for name in LEADING if name in seen]
-    others = [name for name in seen if name not in leading]
-    return leading + sorted(others, key=lambda name: name.startswith("eval_"))
+    # by name, since a history that went through a checkpoint has its keys sorted
+    return leading + sorted(seen.difference(leading), key=lambda name: (name.startswith("eval_"), name))
 
 
 def metrics_csv(log_history: Iterable[Mapping[str, Any]]) -> str:
@@ -130,6 +130,15 @@ def plain_json(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def _run_record(path: Path) -> dict[str, Any] | None:
+    """Trainer's record of a whole run in a log_history.json, None where there is none that can be read."""
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        return next((record for record in reversed(history) if RUN_RECORD in record), None)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
     """Four panels as a PNG: loss, reward margin, accuracy, chosen and rejected reward; dots are evaluations."""
     # the object interface: no pyplot state, no display, any thread
@@ -172,13 +181,17 @@ class MetricsReport(TrainerCallback):
     def __init__(self, details: Mapping[str, Any] | None = None) -> None:
         self.details: dict[str, Any] = dict(details or {})
         self._written = -math.inf
+        self._first_step = 0
+        self._earlier_run: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # a resumed run starts from the checkpoint's history: lines that a killed run wrote after it go
         folder = self._write_csv(args, state)
+        self._first_step = state.global_step
         if state.is_world_process_zero:
+            self._earlier_run = _run_record(folder / "log_history.json")
             for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
 
@@ -195,6 +208,10 @@ class MetricsReport(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        earlier = self._earlier_run
+        if earlier and state.global_step == self._first_step == earlier.get("step"):
+            # a finished run was resumed and no step was trained: its own run time is worth keeping, not this one
+            state.log_history = [earlier if RUN_RECORD in record else record for record in state.log_history]
         self.write(args, state)
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:

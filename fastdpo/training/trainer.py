@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.formats import normalize_dataset
-from fastdpo.data.tokenize import ID_COLUMNS, KEPT_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport, tokenize_dataset
 from fastdpo.losses import PairLogps, preference_loss
 from fastdpo.ops.sequence import segment_sum
 from fastdpo.training import metrics
@@ -25,12 +25,13 @@ from fastdpo.training.crash_safe import SafeCheckpointTrainer
 from fastdpo.training.logprob_forward import STATISTICS, LogprobForward
 from fastdpo.training.models import (
     check_arguments,
+    check_token_ids,
     check_vocabulary,
     disable_dropout,
     load_policy,
     load_tokenizer,
 )
-from fastdpo.training.reference_policy import make_reference
+from fastdpo.training.reference_policy import FrozenModel, make_reference
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class DPOTrainer(SafeCheckpointTrainer):
         check_arguments(model, ref_model, args, compute_metrics)
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
         self.tokenize_reports: dict[str, TokenizeReport] = {}
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        given: dict[str, Any] = {"train_dataset": train_dataset, **evals}
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, args, "train")
         if isinstance(eval_dataset, dict):
@@ -101,6 +104,8 @@ class DPOTrainer(SafeCheckpointTrainer):
 
         policy = load_policy(model, args, peft_config, quantization_config)
         check_vocabulary(self.tokenizer, policy)
+        for name, dataset in given.items():
+            check_token_ids(dataset, policy.config.get_text_config().vocab_size, name)
         if args.disable_dropout:
             disable_dropout(policy)
         self._use_cache = policy.config.use_cache
@@ -129,6 +134,8 @@ class DPOTrainer(SafeCheckpointTrainer):
         self._logprob_forward = LogprobForward(policy)
         self._logprob_forward.check()
         self._reference = make_reference(policy, ref_model, args, lambda: self.accelerator.autocast())
+        if isinstance(self._reference, FrozenModel):
+            check_vocabulary(self.tokenizer, cast(PreTrainedModel, self._reference.model), "reference")
         self.reference_description = self._reference.description
         if self.args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
@@ -140,8 +147,7 @@ class DPOTrainer(SafeCheckpointTrainer):
             raise TypeError(
                 f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}."
             )
-        if isinstance(dataset, Dataset):
-            dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
+        dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
         dataset, report = tokenize_dataset(
             dataset,
             self.tokenizer,
@@ -151,14 +157,31 @@ class DPOTrainer(SafeCheckpointTrainer):
             name=name,
         )
         self.tokenize_reports[name] = report
-        cut = (report.dropped_long_prompt, report.truncated_chosen, report.truncated_rejected)
-        logger.log(logging.WARNING if any(cut) else logging.INFO, str(report))
+        lost = (
+            report.dropped_long_prompt,
+            report.dropped_unscored,
+            report.truncated_chosen,
+            report.truncated_rejected,
+            report.empty_after_truncation,
+        )
+        logger.log(logging.WARNING if any(lost) else logging.INFO, str(report))
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        by_length = strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
+        if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
+            # Trainer would look for input_ids; a pair is padded to its longer side
+            lengths = [
+                len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+                for row in cast("Any", dataset.select_columns(list(ID_COLUMNS)))
+            ]
+            lengths = [min(length, args.max_length or length) for length in lengths]
+            dataset = dataset.add_column(args.length_column_name, cast(Any, lengths))
         return dataset
 
     # what Trainer would ask the model's signature for
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*ID_COLUMNS, *KEPT_COLUMNS]
+        # the sampler reads the lengths, the collator the ids
+        self._signature_columns = [*ID_COLUMNS, self.args.length_column_name]
 
     # the loss
 
@@ -250,6 +273,11 @@ class DPOTrainer(SafeCheckpointTrainer):
         if isinstance(eval_dataset, Dataset | IterableDataset):
             eval_dataset = self._prepare_dataset(eval_dataset, self.args, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """The metrics of `test_dataset`, which may hold text or messages; there are no predictions to return."""
+        test_dataset = self._prepare_dataset(test_dataset, self.args, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._sums["eval"].clear()
