@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -94,8 +95,8 @@ def test_help_is_fast_and_imports_neither_torch_nor_transformers():
     for arguments, shown, hidden in (
         (["--help"], "train", "--beta"),
         (["train", "--help"], "--beta", "--adam_epsilon"),
-        (["train", "--help-all"], "--adam_epsilon", "no such flag"),
-        (["train", "-m", "x", "-d", "y", "--bta", "1"], "", "usage"),
+        (["train", "--help-all"], "--adam_epsilon", "fastdpo train --help-all"),
+        (["train", "-m", "x", "-d", "y", "--bta", "1"], "did you mean '--beta'?", "usage"),
     ):
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -105,8 +106,8 @@ def test_help_is_fast_and_imports_neither_torch_nor_transformers():
             subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
             times.append(time.perf_counter() - start)
         assert done.returncode == (2 if "--bta" in arguments else 0), done.stderr
-        assert shown in done.stdout
-        assert hidden not in done.stdout
+        assert shown in done.stdout + done.stderr
+        assert hidden not in done.stdout + done.stderr
         assert min(times) < 0.5, f"{arguments}: {times}"
 
 
@@ -389,6 +390,61 @@ def test_a_failure_of_the_program_is_not_blamed_on_the_input(
     assert "Traceback" not in err
 
 
+def test_a_model_folder_that_cannot_be_read(
+    run: Callable[..., tuple[int, str, str]], write: Callable[..., str], model_dir: str, tmp_path: Path
+):
+    arguments = ["-d", write("p.jsonl", PAIR), "--output_dir", str(tmp_path / "out")]
+
+    def answer(damage: Callable[[Path], Any]) -> str:
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(model_dir, folder)
+        damage(folder)
+        code, _, err = run("-m", str(folder), *arguments)
+        assert code == 2, err
+        assert "Traceback" not in err
+        return last_line(err)
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+    def without_tokenizer(folder: Path) -> None:
+        for path in folder.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                path.unlink()
+
+    name = tmp_path / "model"
+    found = answer(lambda folder: cut(folder / "config.json"))
+    assert found.startswith(f"fastdpo train: error: the config.json of the model {name} is not readable: ")
+    for damage in (without_tokenizer, lambda folder: cut(folder / "tokenizer.json")):
+        found = answer(damage)
+        assert found.startswith(f"fastdpo train: error: the model {name} has no tokenizer that can be read: ")
+    found = answer(lambda folder: cut(folder / "model.safetensors"))
+    assert found.startswith(f"fastdpo train: error: cannot load model '{name}': ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is meant")
+def test_a_result_that_cannot_be_printed(tmp_path: Path):
+    code = (
+        "import sys; from fastdpo.cli import main, train; train.run = lambda request: 'result'; "
+        "sys.exit(main(['train']))"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "fastdpo train: failed: training is done and saved, but its result cannot be printed to stdout: "
+        "No space left on device\n"
+    )
+
+
+def test_output_dir_none_is_the_default_folder():
+    from fastdpo.cli.train import build_config
+
+    assert build_config(parse(["--output_dir", "none"])).output_dir == "output"
+
+
 # real runs
 
 
@@ -410,7 +466,7 @@ def test_odd_rows_are_counted_and_training_goes_on(
     assert "3 pairs" in err
     assert err.count("identical in 1 of 4 rows") == 1, err
     assert any("dropped 1" in line for line in err.splitlines()), err
-    assert any("1" in line and "skip" in line.lower() for line in err.splitlines()), err
+    assert f"{file}: skipped 1 bad row of 5: {file}:5: broken JSON: Expecting value (column 1)" in err.splitlines(), err
     assert "on 3 pairs" in out
     summary = json.loads((tmp_path / "out/dpo_metrics/summary.json").read_text())
     assert summary["data"]["tokenized"]["train"]["dropped_long_prompt"] == 1
@@ -480,6 +536,12 @@ def test_lora(run: Callable[..., tuple[int, str, str]], model_dir: str, eight_pa
     assert "its adapter switched off" in err
     assert check_files(folder, ["1", "2", "3"])["model"]["lora_r"] == 4
     assert not (folder / "model.safetensors").exists()
+    made = small(model_dir, eight_pairs, folder, "--save_strategy=steps", "--save_steps=3")
+    assert run(*made, "--use_peft", "--lora_r", "4")[0] == 0
+    for resume in ("true", str(folder / "checkpoint-3")):
+        code, _, err = run(*made, "--resume_from_checkpoint", resume)
+        assert code == 2
+        assert last_line(err).startswith(f"fastdpo train: error: cannot resume from {folder / 'checkpoint-3'}: it is a")
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     adapted = PeftModel.from_pretrained(base, folder)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4

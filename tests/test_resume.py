@@ -1,5 +1,6 @@
 """A run that is killed and resumed logs what an undisturbed one logs; half-written checkpoints are never used."""
 
+import csv
 import json
 import logging
 import os
@@ -19,8 +20,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+from fastdpo.cli import main
 from fastdpo.training import checkpoints
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.files import write_atomic
@@ -256,6 +259,16 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, undisturbed: d
     assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_checkpoint_of_the_other_kind_is_named(tmp_path: Path, undisturbed: dict[bool, Path], peft: bool) -> None:
+    shutil.copytree(undisturbed[not peft] / "checkpoint-8", tmp_path / "checkpoint-8")
+    kinds = ("the whole model", "an adapter")
+    wanted = f"it is a checkpoint of {kinds[not peft]} and this run trains {kinds[peft]}; go on with"
+    for resume in (True, str(tmp_path / "checkpoint-8")):
+        with pytest.raises(checkpoints.CheckpointError, match=wanted):
+            make(tmp_path, peft).train(resume_from_checkpoint=resume)
+
+
 def test_save_total_limit_keeps_the_newest(tmp_path: Path) -> None:
     make(tmp_path, save_steps=2, save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-12"]
@@ -421,3 +434,132 @@ def test_two_processes_log_what_one_logs_also_when_resumed(tmp_path: Path) -> No
     assert history(tmp_path / "killed") == two
     for mine, other in zip(two, one, strict=True):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+# the command itself
+
+
+def tiny_command(folder: Path, out: str, *more: str) -> list[str]:
+    """The arguments of `fastdpo train` for a tiny model and pairs, written to `folder` when they are not there."""
+    source, pairs = folder / "model", folder / "pairs.jsonl"
+    if not pairs.is_file():
+        trainer = make(folder / "unused")
+        trainer.model.save_pretrained(source)
+        trainer.tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+        trainer.tokenizer.save_pretrained(source)
+        chance = random.Random(0)
+
+        def words() -> str:
+            return " ".join(f"w{chance.randrange(1, VOCABULARY)}" for _ in range(chance.randrange(2, 9)))
+
+        rows = [{"prompt": words(), "chosen": f" {words()}", "rejected": f" {words()}"} for _ in range(18)]
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_total_limit": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 5, "eval_dataset_name": pairs, "gradient_checkpointing": False}
+    flags = [f"--{name}={value}" for name, value in {**options, "output_dir": folder / out}.items()]
+    return ["train", "-m", str(source), "-d", str(pairs), *flags, *more]
+
+
+def start_command(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastdpo", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_steps(process: subprocess.Popen[str], steps: int) -> None:
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        steps -= line.startswith("step ")
+        if steps == 0:
+            return
+    pytest.fail("".join(lines))
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before the kill; give it more steps"
+
+
+def on_clock(name: str) -> bool:
+    return name.endswith(("runtime", "_per_second"))
+
+
+def metric_files(out: Path) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """training_metrics.csv, its header first, and the steps of log_history.json, both without run times."""
+    with open(out / "dpo_metrics" / "training_metrics.csv", newline="") as file:
+        table = list(csv.reader(file))
+    kept = [index for index, name in enumerate(table[0]) if not on_clock(name)]
+    log = json.loads((out / "dpo_metrics" / "log_history.json").read_text())
+    log = [
+        {name: value for name, value in row.items() if not on_clock(name)} for row in log if "train_runtime" not in row
+    ]
+    return [[row[index] for index in kept] for row in table], log
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a Unix signal")
+def test_the_command_killed_and_resumed_leaves_the_same_metric_files(tmp_path: Path) -> None:
+    more = ["--max_steps=20", "--save_steps=4", "--eval_on_start"]
+    process = start_command(tiny_command(tmp_path, "killed", *more))
+    wait_for_steps(process, 9)
+    kill(process)
+    assert checkpoints.newest_complete(tmp_path / "killed")
+    assert main(tiny_command(tmp_path, "killed", *more, "--resume_from_checkpoint")) == 0
+    assert main(tiny_command(tmp_path, "whole", *more)) == 0
+    table, log = metric_files(tmp_path / "killed")
+    assert [row[0] for row in table] == ["step", *map(str, range(21))]
+    assert [row["step"] for row in log if "eval_loss" in row] == [0, 5, 10, 15, 20]
+    assert (table, log) == metric_files(tmp_path / "whole")
+
+    # the run is finished: once more trains no step, and what the files say of the run stays
+    before = {name: json.loads((tmp_path / "killed/dpo_metrics" / name).read_text()) for name in JSON_FILES}
+    assert main(tiny_command(tmp_path, "killed", *more, "--resume_from_checkpoint")) == 0
+    after = {name: json.loads((tmp_path / "killed/dpo_metrics" / name).read_text()) for name in JSON_FILES}
+    assert after == before
+    assert "train_runtime" in before["summary.json"]["runtime"]
+    # a mean over the steps after the kill would pass for that of the run
+    assert "train_loss" not in before["summary.json"]["runtime"]
+    whole = json.loads((tmp_path / "whole/dpo_metrics/summary.json").read_text())
+    assert whole["runtime"]["train_loss"] == pytest.approx(
+        sum(row["loss"] for row in log if "loss" in row) / 20, rel=1e-5
+    )
+
+
+JSON_FILES = ("log_history.json", "summary.json")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a Unix signal")
+@pytest.mark.parametrize("mode", ["full", "peft"])
+def test_the_command_survives_twenty_kills(tmp_path: Path, mode: str) -> None:
+    more = ["--max_steps=300", *(["--use_peft", "--lora_r=4"] if mode == "peft" else [])]
+    chance = random.Random(0)
+    inside_a_save = 0
+    for count in range(20):
+        process = start_command(tiny_command(tmp_path, "killed", *more, "--save_steps=1", "--resume_from_checkpoint"))
+        wait_for_steps(process, 1)
+        time.sleep(chance.uniform(0.0, 1.0))
+        if count % 2:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline and not list((tmp_path / "killed").glob("_incomplete-*")):
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, 0.02))
+        kill(process)
+        inside_a_save += any(name.startswith("_") for name in names(tmp_path / "killed"))
+        for _, path in checkpoints.checkpoints_by_step(tmp_path / "killed"):
+            assert checkpoints.incomplete_reason(path) is None
+    assert inside_a_save >= 5
+    assert checkpoints.newest_complete(tmp_path / "killed")
+    assert main(tiny_command(tmp_path, "killed", *more, "--save_steps=50", "--resume_from_checkpoint")) == 0
+    assert main(tiny_command(tmp_path, "whole", *more, "--save_steps=50")) == 0
+    table, log = metric_files(tmp_path / "killed")
+    assert [row[0] for row in table[1:]] == [str(step) for step in range(1, 301)]
+    assert (table, log) == metric_files(tmp_path / "whole")

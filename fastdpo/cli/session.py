@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 from fastdpo.cli.checks import TrainingFailed
 from fastdpo.cli.show import LogLines, ProgressBar, example_pair, result_text, say
 from fastdpo.data.errors import DataError
-from fastdpo.training.checkpoints import resolve_resume
+from fastdpo.training.checkpoints import CheckpointError, resolve_resume
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.report import MetricsReport
 from fastdpo.training.trainer import DPOTrainer
@@ -49,7 +49,8 @@ class Session:
         self.given = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
         resume = args.resume_from_checkpoint
         if isinstance(resume, str) and not (args.deepspeed or args.fsdp):
-            resolve_resume(resume, str(args.output_dir))  # a broken checkpoint is named before the model loads
+            # a broken checkpoint is named before the model loads
+            resolve_resume(resume, str(args.output_dir), adapter=bool(option["use_peft"]))
         with _said_already("fastdpo.data.formats"):  # the trainer looks at the rows again
             self.trainer = DPOTrainer(
                 option["model_name_or_path"],
@@ -83,7 +84,7 @@ class Session:
             if args.save_strategy == "no":  # else the trainer has saved them
                 trainer.save_model()
             self.report.write(args, trainer.state)
-        except (DataError, ImportError):  # a streamed bad row, a package that an option needs
+        except (DataError, CheckpointError, ImportError):  # a bad row or checkpoint, a package that an option needs
             raise
         except Exception as error:
             # the input was accepted, so this is no error of the command line even if it is a ValueError

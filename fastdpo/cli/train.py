@@ -6,6 +6,7 @@ stdout gets the result, stderr everything else.
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -45,7 +46,13 @@ def main(argv: list[str]) -> int:
         cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
         hint = "" if debug else " (--debug shows the traceback)"
         return _fail(debug, f"fastdpo train: failed: {type(cause).__name__}: {one_sentence(cause)}{hint}", 1)
-    print(result, end="")
+    try:
+        print(result, end="", flush=True)
+    except OSError as error:
+        # the interpreter flushes once more as it ends, and would end in a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = f"training is done and saved, but its result cannot be printed to stdout: {error.strerror}"
+        return _fail(debug, f"fastdpo train: failed: {message}", 1)
     return 0
 
 
@@ -180,14 +187,20 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
         hub["revision"] = option["model_revision"]
     try:
         config = AutoConfig.from_pretrained(name, **hub)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if (Path(name) / "config.json").is_file():
+            reason = one_sentence(error)
+            raise UsageError(f"the config.json of the model {name} is not readable: {reason}") from error
         raise UsageError(
             f"no such model: {name} is neither a folder with a config.json nor a model that can be read from the hub"
         ) from error
     try:
         return AutoTokenizer.from_pretrained(name, **hub), config.model_type
-    except OSError as error:
-        raise UsageError(f"the model {name} has no tokenizer that can be read: {one_sentence(error)}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
+        reason = one_sentence(error).split(". ")[0]
+        raise UsageError(f"the model {name} has no tokenizer that can be read: {reason}") from error
 
 
 def build_peft_config(option: dict[str, Any], model_type: str) -> Any:
