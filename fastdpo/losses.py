@@ -32,17 +32,30 @@ class PairLogps(NamedTuple):
     @property
     def chosen_logratio(self) -> Tensor:
         """log pi(y_w|x) - log pi_ref(y_w|x), (B,)."""
-        return self.chosen - self.ref_chosen
+        return chosen_logratio(self)
 
     @property
     def rejected_logratio(self) -> Tensor:
         """log pi(y_l|x) - log pi_ref(y_l|x), (B,)."""
-        return self.rejected - self.ref_rejected
+        return rejected_logratio(self)
 
     @property
     def margin(self) -> Tensor:
         """h = chosen_logratio - rejected_logratio, the implicit reward margin over beta, (B,)."""
-        return self.chosen_logratio - self.rejected_logratio
+        return margin(self)
+
+
+# functions beside the properties: the compiler of torch 2.8 knows a named tuple's fields, not its properties
+def chosen_logratio(logps: PairLogps) -> Tensor:
+    return logps.chosen - logps.ref_chosen
+
+
+def rejected_logratio(logps: PairLogps) -> Tensor:
+    return logps.rejected - logps.ref_rejected
+
+
+def margin(logps: PairLogps) -> Tensor:
+    return chosen_logratio(logps) - rejected_logratio(logps)
 
 
 class PreferenceOutput(NamedTuple):
@@ -60,7 +73,7 @@ def sigmoid(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> T
     `-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`, where e is the probability that a label is
     flipped. TRL 1.16 accepts the argument for this loss and ignores it; here it is applied.
     """
-    h = beta * logps.margin
+    h = beta * margin(logps)
     if label_smoothing == 0:
         return -F.logsigmoid(h)
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
@@ -68,7 +81,7 @@ def sigmoid(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> T
 
 def hinge(logps: PairLogps, *, beta: float) -> Tensor:
     """SLiC / RSO, eq. 6 of arXiv:2309.06657: `max(0, 1 - beta h)`; beta is the reciprocal of the margin."""
-    return torch.relu(1 - beta * logps.margin)
+    return torch.relu(1 - beta * margin(logps))
 
 
 def ipo(logps: PairLogps, *, beta: float) -> Tensor:
@@ -78,11 +91,11 @@ def ipo(logps: PairLogps, *, beta: float) -> Tensor:
     paper does not discuss it. With log-probs that are averages already, `chosen_len` must not be given.
     """
     if logps.chosen_len is not None and logps.rejected_len is not None:
-        h = logps.chosen_logratio / logps.chosen_len.clamp(min=1) - (
-            logps.rejected_logratio / logps.rejected_len.clamp(min=1)
+        h = chosen_logratio(logps) / logps.chosen_len.clamp(min=1) - (
+            rejected_logratio(logps) / logps.rejected_len.clamp(min=1)
         )
     else:
-        h = logps.margin
+        h = margin(logps)
     return (h - 1 / (2 * beta)) ** 2
 
 
@@ -115,12 +128,12 @@ def check_loss_options(
         ValueError: unknown loss, beta not positive, label_smoothing outside [0, 0.5) or given to a loss that
             has none, or a number of weights that differs from the number of losses.
     """
-    if not isinstance(loss_type, str | list | tuple):
+    if not isinstance(loss_type, (str, list, tuple)):
         raise ValueError(f"loss_type must be a name or a list of names, got {loss_type!r}.")
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     if not names:
         raise ValueError(f"loss_type is empty; choose from {', '.join(sorted(LOSSES))}.")
-    if not (isinstance(beta, int | float) and 0 < beta < math.inf):
+    if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
         raise ValueError(f"beta must be a number > 0, got {beta!r}; 0.1 is the usual start.")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
@@ -135,8 +148,8 @@ def check_loss_options(
             )
         loss_by_name(name)
     weights = [1.0] * len(names) if loss_weights is None else loss_weights
-    if not isinstance(weights, list | tuple) or not all(
-        isinstance(w, int | float) and 0 <= w < math.inf for w in weights
+    if not isinstance(weights, (list, tuple)) or not all(
+        isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights
     ):
         raise ValueError(f"loss_weights must be a list of numbers >= 0, one for each loss, got {loss_weights!r}.")
     if len(weights) != len(names):
@@ -177,5 +190,5 @@ def preference_loss(
         term = term if weight == 1.0 else weight * term
         total = term if total is None else total + term
     assert total is not None
-    rewards = (beta * logps.chosen_logratio.detach(), beta * logps.rejected_logratio.detach())
+    rewards = (beta * chosen_logratio(logps).detach(), beta * rejected_logratio(logps).detach())
     return PreferenceOutput(total, *rewards)

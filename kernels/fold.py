@@ -5,25 +5,13 @@ into logits, folds them into per-row running numbers and writes the exponentials
 GEMM; the target's column never enters (`fastdpo.ops.tiled` has the derivation). `dlogits_tile` turns a recomputed
 tile into d loss / d product (6 bytes an element). One program per row (fold) or per row and column block (dlogits);
 no atomics, so results are the same from run to run.
-
-NEG masks a column: finite, so that 0 * NEG stays 0 and no inf - inf arises.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-NEG = tl.constexpr(-1.0e38)
-
-
-@triton.jit
-def _tanh(x):
-    """To fp32 accuracy without libdevice (which the interpreter cannot run); odd series where 1 - t cancels."""
-    t = tl.exp(-2.0 * tl.abs(x))
-    r = (1.0 - t) / (1.0 + t)
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    return tl.where(tl.abs(x) < 0.1, series, tl.where(x < 0, -r, r))
+from fastdpo.kernels.pieces import NEG, base_of, tanh
 
 
 @triton.jit
@@ -35,7 +23,7 @@ def _logits(z_ptr, bias_ptr, cols, n_cols, scale, inv_softcap, cap, BIAS: tl.con
         z += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     z = z * scale
     if CAP:
-        z = _tanh(z * inv_softcap) * cap
+        z = tanh(z * inv_softcap) * cap
     return tl.where(inside, z, NEG)
 
 
@@ -83,8 +71,7 @@ def _fold_kernel(
         top = tl.maximum(top, tl.where(cols == local, NEG, z))
     m_old = tl.load(m_ptr + row)
     m_new = tl.maximum(m_old, tl.max(top, 0))
-    # a tile that holds only the target has no maximum: any base gives e = 0 there
-    base = tl.where(m_new > 0.5 * NEG, m_new, 0.0)
+    base = base_of(m_new)
     drop = m_old - base
     ratio = tl.exp(drop)
 
@@ -108,8 +95,8 @@ def _fold_kernel(
             t += eu
         if WRITE:
             if CAP:
-                tanh = z * (1.0 / cap)
-                curve = tl.maximum(1.0 - tanh * tanh, 0.0)
+                ratio_to_cap = z * (1.0 / cap)
+                curve = tl.maximum(1.0 - ratio_to_cap * ratio_to_cap, 0.0)
                 e = e * curve
                 if ENTROPY:
                     eu = eu * curve
@@ -172,8 +159,8 @@ def _dlogits_kernel(
             factor += tl.load(entropy_ptr + row) * (tl.maximum(u, NEG) + tl.load(offset_ptr + row))
         d = tl.where(cols == local, target, tl.exp(tl.where(cols == local, 0.0, u)) * factor)
         if CAP:
-            tanh = z * (1.0 / cap)
-            d = d * tl.maximum(1.0 - tanh * tanh, 0.0)
+            ratio_to_cap = z * (1.0 / cap)
+            d = d * tl.maximum(1.0 - ratio_to_cap * ratio_to_cap, 0.0)
         d = d * slope
     tl.store(e_ptr + row * stride_e + cols, d.to(e_ptr.dtype.element_ty), mask=cols < n_cols)
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NEG = tl.constexpr(-1.0e38)
+from fastdpo.kernels.pieces import NEG, base_of
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -38,11 +38,11 @@ def _logprob_fwd_kernel(
             z = tl.where((cols == label) | (cols >= V), NEG, z)
             m_new = tl.maximum(m, z)
             # a lane that has seen only masked columns has no maximum yet; its sum stays 0
-            base = tl.where(m_new > 0.5 * NEG, m_new, 0.0)
+            base = base_of(m_new)
             s = s * tl.exp(m - base) + tl.exp(z - base)
             m = m_new
     top = tl.max(m, 0)
-    base = tl.where(top > 0.5 * NEG, top, 0.0)
+    base = base_of(top)
     total = tl.sum(s * tl.exp(m - base), 0)
     tl.store(m_ptr + row, top)
     tl.store(s_ptr + row, total)

@@ -6,6 +6,8 @@ import os
 import torch
 from torch import Tensor
 
+from fastdpo.ops.custom_op import reads_are_free
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,7 +65,7 @@ def check_arguments(
         raise ValueError(f"{what}: temperature must be > 0 and finite, got {temperature}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{what}: softcap must be > 0 and finite, or None, got {softcap}.")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{what}: logit_scale must be finite, got {logit_scale}.")
     _check_ranges(what, hidden, weight, labels, rows, ignore_index)
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
@@ -76,11 +78,37 @@ def check_arguments(
     return hidden.dtype
 
 
+def check_lora(hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor], compute: torch.dtype) -> torch.dtype:
+    """The dtype in which the LoRA's factors u (..., r) and B (V, r) enter their product."""
+    what = "linear_logprob: lora"
+    if len(lora) != 2:
+        raise ValueError(f"{what} must be the pair (s * A h, B), got {len(lora)} values.")
+    u, b = lora
+    if b.dim() != 2 or u.dim() < 1 or u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
+        wanted = f"({', '.join(str(size) for size in (*hidden.shape[:-1], 'r'))}) and ({len(weight)}, r)"
+        raise ValueError(f"{what} must be of shapes {wanted}, got {tuple(u.shape)} and {tuple(b.shape)}.")
+    if b.shape[1] == 0:
+        raise ValueError(f"{what} has rank 0; leave it out.")
+    for name, tensor in (("s * A h", u), ("B", b)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{what}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}.")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{what}: {name} is on {tensor.device} and hidden on {hidden.device}; move one of them.")
+    if torch.is_autocast_enabled(hidden.device.type) and compute != torch.float64:
+        return compute
+    if u.dtype != b.dtype:
+        raise TypeError(f"{what}: s * A h is {u.dtype} and B {b.dtype}; cast one, or call under torch.autocast.")
+    if (u.dtype == torch.float64) != (compute == torch.float64):
+        raise TypeError(f"{what} is {u.dtype} beside {compute}; float64 goes with float64 only.")
+    return u.dtype
+
+
 def _check_ranges(
     what: str, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
 ) -> None:
     # reading values of a CUDA tensor waits for the device: only on request
-    if labels.numel() == 0 or not (labels.device.type == "cpu" or os.environ.get("FASTDPO_CHECK") == "1"):
+    asked_for = os.environ.get("FASTDPO_CHECK") == "1" and not torch.compiler.is_compiling()
+    if not (asked_for or reads_are_free(labels)) or labels.numel() == 0:
         return
     bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
     if bool(bad.any()):

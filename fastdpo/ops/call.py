@@ -2,35 +2,28 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops import reference
-from fastdpo.ops.arguments import check_arguments
-from fastdpo.ops.backend import choose_backend, logger
-from fastdpo.ops.function import LinearLogprob
-from fastdpo.ops.plan import Needs, Plan, Shape, make_plan
-from fastdpo.ops.tiles import Logits
-
-STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
+from fastdpo.ops.arguments import check_arguments, check_lora
+from fastdpo.ops.backend import block_cols, choose_backend, fuses
+from fastdpo.ops.custom_op import constant_in_graphs, reads_are_free
+from fastdpo.ops.function import STATS, Settings, plan_of, result_names, run, shape_of
+from fastdpo.ops.plan import Needs, Plan, keep_bytes, workspace_bytes
 
 
 @dataclass(frozen=True)
 class Call:
     """One checked call: everything about it that is not differentiated."""
 
-    labels: Tensor  # (N,), compacted where that is free
+    labels: Tensor  # (N,), compacted where that is free; negative where ignored
     rows: Tensor | None  # (N,)
-    unique_rows: bool
     scored: Tensor | None  # (N,) bool, where ignored labels are still among `labels`
     places: Tensor | None  # (N,) int64, where each result goes in the flattened labels
-    how: Logits
-    needs: Needs
-    plan: Plan
-    compute: torch.dtype
-    acc: torch.dtype
-    backend: str
+    settings: Settings
 
     @staticmethod
     def of(
@@ -46,69 +39,67 @@ class Call:
         shift: bool,
         stats: Collection[str],
         entropy_grad: bool,
+        lora: tuple[Tensor, Tensor] | None = None,
     ) -> "Call":
         compute = check_arguments(
             hidden, weight, labels, bias, rows, temperature, logit_scale, softcap, ignore_index, shift
         )
-        acc = torch.promote_types(compute, torch.float32)
-        grad = torch.is_grad_enabled()
-        needs = Needs(
-            hidden=grad and hidden.requires_grad,
-            weight=grad and weight.requires_grad,
-            bias=grad and bias is not None and bias.requires_grad,
-            entropy=grad and entropy_grad and "entropy" in stats,
-        )
+        lora_compute = compute if lora is None else check_lora(hidden, weight, lora, compute)
         if shift:
             labels = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), -1)
         flat, unique = labels.reshape(-1), rows is None
-        scored = flat != ignore_index
-        places = None
-        if flat.device.type == "cpu":
+        scored, places = flat != ignore_index, None
+        if reads_are_free(flat):
             if not bool(scored.all()):
                 places = scored.nonzero()[:, 0]
                 flat = flat[places]
                 rows = places if rows is None else rows[places]
             scored = None
-        source_rows = hidden.shape[:-1].numel()
-        how = Logits(float(temperature), float(logit_scale), softcap, frozenset(stats))
-        shape = Shape(
-            n=len(flat),
-            h=hidden.shape[-1],
-            v=weight.shape[0],
-            source_rows=source_rows,
-            gathered=rows is not None,
-            flattened=_copies_when_flat(hidden),
-            compute=compute.itemsize,
-            acc=acc.itemsize,
-            hidden=hidden.element_size(),
-            weight=weight.element_size(),
-            widened=hidden.device.type != "cuda",
-            extra_tiles=("entropy" in stats) + bool(softcap),
-        )
-        backend = choose_backend(hidden.device, compute)
-        plan = make_plan(shape, needs)
-        logger.debug("linear_logprob: %s backend, %s", backend, plan)
-        return Call(
-            flat,
-            rows,
-            unique,
-            scored,
-            places,
-            how,
+        else:
+            flat = flat.where(scored, -1)
+        grad = torch.is_grad_enabled()
+        wanted = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, *(lora or (None, None)))]
+        entropy = any(wanted) and entropy_grad and "entropy" in stats
+        needs = [*wanted[:3], entropy, *wanted[3:]]  # the fields of `Needs`
+        # index(): a graph whose sizes are symbols is made for one H
+        kind = (index(hidden.shape[-1]), entropy, softcap is not None, lora_compute)
+        backend, fused, workspace, keep = _environment(hidden.device, compute, *kind)
+        settings = Settings(
+            float(temperature),
+            float(logit_scale),
+            softcap if softcap is None else float(softcap),
+            ",".join(name for name in STATS if name in stats),
             needs,
-            plan,
+            unique,
+            scored is not None,
             compute,
-            acc,
+            lora_compute,
             backend,
+            fused,
+            workspace,
+            keep,
         )
+        return Call(flat, rows, scored, places, settings)
 
-    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    def run(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Each result, (N,), by name."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        with torch.autocast(flat.device.type, enabled=False):
-            if self.backend == "reference":
-                return self._eager(flat, weight, bias)
-            names = ("logprob", *(s for s in STATS if s in self.how.stats))
-            return dict(zip(names, LinearLogprob.apply(flat, weight, bias, self, names), strict=True))
+        pair = (None, None) if lora is None else (lora[0].reshape(-1, lora[0].shape[-1]), lora[1])
+        if self.settings.backend == "reference":
+            with torch.autocast(flat.device.type, enabled=False):
+                return self._eager(flat, weight, bias, *pair)
+        found = run(flat, weight, bias, *pair, self.labels, self.rows, *self.settings)
+        names = result_names(self.settings)
+        return dict(zip(names, found[: len(names)], strict=True))  # after the results comes what is saved
+
+    def plan(self, hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Plan:
+        sizes = (hidden.shape[:-1].numel(), hidden.shape[-1], len(weight), 0 if lora is None else lora[1].shape[1])
+        dtypes = (hidden.dtype, weight.dtype)
+        gathered, flattened = self.rows is not None, _copies_when_flat(hidden)
+        shape = shape_of(self.settings, hidden.device, len(self.labels), sizes, dtypes, gathered, flattened)
+        return plan_of(self.settings, shape)
 
     def spread(self, found: Tensor, labels: Tensor) -> Tensor:
         """Results back in the labels' shape, 0 where ignored."""
@@ -118,22 +109,53 @@ class Call:
             found = found.where(self.scored, found.new_zeros(()))
         return found.view(labels.shape)
 
-    def _eager(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    def _eager(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_hidden: Tensor | None,
+        lora_weight: Tensor | None,
+    ) -> dict[str, Tensor]:
+        settings = self.settings
+        if lora_hidden is not None and lora_weight is not None:
+            # the definition knows one product: the LoRA's factors beside the others, where the sum is formed in fp32
+            wide = torch.promote_types(settings.compute, torch.float32)
+            hidden, lora_hidden = hidden.to(settings.compute).to(wide), lora_hidden.to(settings.lora_compute).to(wide)
+            weight, lora_weight = weight.to(settings.compute).to(wide), lora_weight.to(settings.lora_compute).to(wide)
+            hidden, weight = torch.cat((hidden, lora_hidden), 1), torch.cat((weight, lora_weight), 1)
+            settings = settings._replace(compute=wide)
         z = reference.logits(
-            hidden.to(self.compute),
-            weight.to(self.compute),
+            hidden.to(settings.compute),
+            weight.to(settings.compute),
             bias,
-            temperature=self.how.temperature,
-            logit_scale=self.how.logit_scale,
-            softcap=self.how.softcap,
+            temperature=settings.temperature,
+            logit_scale=settings.logit_scale,
+            softcap=settings.softcap,
         )
         z = z if self.rows is None else z[self.rows]
-        labels = self.labels if self.scored is None else self.labels.where(self.scored, 0)
+        labels = self.labels if self.scored is None else self.labels.clamp(min=0)
         stats = reference.token_stats(z, labels)
-        if not self.needs.entropy:
-            stats["entropy"] = stats["entropy"].detach()
-        out = {k: x if k == "entropy" else x.detach() for k, x in stats.items() if k in self.how.stats}
+        differentiable = ("entropy",) if Needs(*settings.needs).entropy else ()
+        asked_for = {name: stats[name] for name in result_names(settings)[1:]}
+        out = {name: x if name in differentiable else x.detach() for name, x in asked_for.items()}
         return {"logprob": reference.logprob(z, labels), **out}
+
+
+@constant_in_graphs
+def _environment(
+    device: torch.device,
+    compute: torch.dtype,
+    hidden_size: int,
+    entropy_grad: bool,
+    softcap: bool,
+    lora_compute: torch.dtype,
+) -> tuple[str, int, int, int]:
+    """`Settings`' backend, fused, workspace and keep, of the moment; in a compiled graph that of its tracing."""
+    backend = choose_backend(device, compute)
+    fusing = fuses(backend, device, compute, hidden_size, entropy_grad, lora_compute)
+    fused = block_cols(device, softcap) if fusing else 0
+    return backend, fused, workspace_bytes(), keep_bytes()
 
 
 def _copies_when_flat(hidden: Tensor) -> bool:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastdpo.ops.call import STATS, Call
+from fastdpo.ops.call import Call
+from fastdpo.ops.function import STATS
 from fastdpo.ops.plan import Plan
 
 
@@ -45,6 +46,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     shift: bool = False,
+    lora: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[label]`, in nats.
 
@@ -64,6 +66,9 @@ def linear_logprob(
             them would need a host synchronization, so pass `rows` and compacted labels to skip their work.
         shift: labels are unshifted, as Hugging Face models take them: the state at t predicts labels[..., t + 1].
             The last position is 0.
+        lora: a LoRA on the head, as (u, B): u (..., r) = scaling * dropout(hidden) @ A.T and B (V, r). Its product is
+            added to hidden @ weight.T; W + B A is never formed, and no copy of W is made. The gradient of A is that
+            of u. Both may be float32 beside 16-bit hidden states and weight.
 
     Returns:
         float32 (float64 for float64 operands), the shape of labels.
@@ -83,6 +88,7 @@ def linear_logprob(
         softcap=softcap,
         ignore_index=ignore_index,
         shift=shift,
+        lora=lora,
         stats=(),
     ).logprob
 
@@ -99,6 +105,7 @@ def linear_logprob_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     shift: bool = False,
+    lora: tuple[Tensor, Tensor] | None = None,
     stats: Collection[str] = ("entropy", "is_top1"),
     entropy_grad: bool = True,
 ) -> TokenStats:
@@ -128,8 +135,9 @@ def linear_logprob_stats(
         shift,
         stats,
         entropy_grad,
+        lora,
     )
-    found = call.run(hidden, weight, bias)
+    found = call.run(hidden, weight, bias, lora)
     return TokenStats(**{name: call.spread(x, labels) for name, x in found.items()})
 
 
@@ -145,8 +153,10 @@ def linear_logprob_plan(hidden: Tensor, weight: Tensor, labels: Tensor, **option
         "shift": False,
         "stats": (),
         "entropy_grad": True,
+        "lora": None,
     }
     unknown = sorted(set(options) - set(defaults))
     if unknown:
         raise TypeError(f"linear_logprob_plan: unknown option {unknown[0]!r}; choose from {', '.join(defaults)}.")
-    return Call.of(hidden, weight, labels, *{**defaults, **options}.values()).plan
+    values = {**defaults, **options}
+    return Call.of(hidden, weight, labels, *values.values()).plan(hidden, weight, values["lora"])

@@ -1,15 +1,22 @@
 """Log-probabilities of chosen tokens from logits, for code that already has them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.ops import reference
 from fastdpo.ops.arguments import DTYPES
-from fastdpo.ops.backend import choose_backend
+from fastdpo.ops.custom_op import (
+    Implementation,
+    constant_backend,
+    differentiable_op,
+    gradient_op,
+    inside,
+    reads_are_free,
+)
 from fastdpo.ops.plan import workspace_bytes
 from fastdpo.ops.tiled import blocks
 from fastdpo.ops.tiles import NEG, softplus
@@ -45,29 +52,28 @@ def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_
         raise ValueError(f"logprob: temperature must be > 0 and finite, got {temperature}.")
     v = logits.shape[-1]
     scored = labels != ignore_index
-    if labels.device.type == "cpu":
+    if reads_are_free(labels):
         bad = ((labels < 0) | (labels >= v)) & scored
         if bool(bad.any()):
             raise ValueError(
                 f"logprob: label {int(labels[bad][0])} is outside the vocabulary [0, {v}) and is not "
                 f"ignore_index={ignore_index}."
             )
-    backend = choose_backend(logits.device, logits.dtype)
+    backend = constant_backend(logits.device, logits.dtype)
     if backend == "reference":
         return reference.logprob(logits, labels, temperature=temperature, ignore_index=ignore_index)
     flat = logits.reshape(-1, v)
     picked = labels.where(scored, -1).reshape(-1)
-    with torch.autocast(logits.device.type, enabled=False):
-        found = _Logprob.apply(flat, picked, 1.0 / temperature, backend == "triton")
+    found, *_ = _run(flat, picked, 1.0 / temperature, backend == "triton")
     return found.view(labels.shape)
 
 
-class _Logprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> Tensor:
-        acc = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        m, s, zy = (torch.empty(len(logits), dtype=acc, device=logits.device) for _ in range(3))
+def _forward(logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> list[Tensor]:
+    """logp, and what backward needs: base, q, q / s; (N,) each, of logits (N, V) and labels (N,), < 0 where ignored."""
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    m, s, zy = (torch.empty(len(logits), dtype=acc, device=logits.device) for _ in range(3))
+    with inside(logits.device):
         if triton:
             from fastdpo.kernels.logprob import logprob_fwd
 
@@ -79,28 +85,54 @@ class _Logprob(torch.autograd.Function):
         q = torch.sigmoid(d).where(scored, 0.0)
         # p_v = exp(z_v - base) * q / s: through lse it would lose what a large offset or an unlikely target takes
         base = torch.where(m > NEG / 2, m, 0.0)
-        ctx.save_for_backward(logits, labels, base, q, q / torch.where(s == 0, 1.0, s))
-        ctx.inv_t, ctx.triton = inv_t, triton
-        return (-softplus(d)).where(scored, 0.0)
+        return [(-softplus(d)).where(scored, 0.0), base, q, q / torch.where(s == 0, 1.0, s)]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, labels, base, q, rest = ctx.saved_tensors
-        up = (upstream.to(base.dtype) * ctx.inv_t).where(labels >= 0, 0.0)
+
+def _fake_forward(logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> list[Tensor]:
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    return [logits.new_empty(logits.shape[:1], dtype=acc) for _ in range(4)]
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    logits, labels, *options = inputs
+    _, base, q, rest = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(base, q, rest)
+    ctx.save_for_backward(logits, labels, base, q, rest)
+    ctx.options = options
+
+
+def _backward(ctx: Any, upstream: Sequence[Tensor | None], gradients: Implementation) -> tuple[Any, ...]:
+    if upstream[0] is None:
+        return None, None, None, None
+    (d_logits,) = gradients(upstream[0], *ctx.saved_tensors, *ctx.options)
+    return d_logits, None, None, None
+
+
+def _gradients(
+    up: Tensor, logits: Tensor, labels: Tensor, base: Tensor, q: Tensor, rest: Tensor, inv_t: float, triton: bool
+) -> list[Tensor]:
+    """[d loss / d logits], (N, V)."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    with inside(logits.device):
+        up = (up.to(base.dtype) * inv_t).where(labels >= 0, 0.0)
         others, target = -up * rest, up * q
-        dx = torch.empty_like(logits)
-        if ctx.triton:
+        dx = logits.new_empty(logits.shape)
+        if triton:
             from fastdpo.kernels.logprob import logprob_bwd
 
-            logprob_bwd(logits, dx, labels, base, others, target, ctx.inv_t)
-            return dx, None, None, None
+            logprob_bwd(logits, dx, labels, base, others, target, inv_t)
+            return [dx]
         at = labels.clamp(min=0)[:, None]
         for block in _row_blocks(logits, base.dtype):
-            p = logits[block].to(base.dtype).mul(ctx.inv_t).scatter_(1, at[block], NEG)
+            p = logits[block].to(base.dtype).mul(inv_t).scatter_(1, at[block], NEG)
             p.sub_(base[block, None]).exp_().mul_(others[block, None])
             dx[block] = p.scatter_(1, at[block], target[block, None]).where(labels[block, None] >= 0, 0.0)
-        return dx, None, None, None
+        return [dx]
+
+
+def _fake_gradients(up: Tensor, logits: Tensor, *_: Any) -> list[Tensor]:
+    return [logits.new_empty(logits.shape)]
 
 
 def _fold_logits(logits: Tensor, labels: Tensor, inv_t: float, m: Tensor, s: Tensor, zy: Tensor) -> None:
@@ -118,3 +150,21 @@ def _fold_logits(logits: Tensor, labels: Tensor, inv_t: float, m: Tensor, s: Ten
 def _row_blocks(logits: Tensor, acc: torch.dtype) -> list[slice]:
     per_row = 2 * logits.shape[1] * acc.itemsize
     return list(blocks(len(logits), max(1, workspace_bytes() // max(1, per_row))))
+
+
+_gradients_op = gradient_op(
+    "logprob",
+    "(Tensor up, Tensor logits, Tensor labels, Tensor base, Tensor q, Tensor rest, float inv_t, bool triton)"
+    " -> Tensor[]",
+    _gradients,
+    _fake_gradients,
+)
+_run = differentiable_op(
+    "logprob",
+    "(Tensor logits, Tensor labels, float inv_t, bool triton) -> Tensor[]",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+    (_gradients, _gradients_op),
+)

@@ -20,6 +20,8 @@ MIB = 1 << 20
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
 MAX_COLS_CPU = 4096  # narrower tiles pay a fixed cost per product in oneDNN, wider ones leave the cache
+MAX_COLS_FUSED = 32768  # no fp32 tile: what is stored is the exponentials alone
+MIN_COLS_ONCE = 512  # a product with fewer columns of dW at a time is not worth making it over all rows
 COL_QUANTUM = 128
 ONEDNN_SCRATCH = 128 << 10  # what a bf16 product allocates beyond the copies of its operands
 
@@ -53,15 +55,21 @@ class Needs:
     weight: bool = False
     bias: bool = False
     entropy: bool = False  # the entropy's own gradient, in addition to the log-prob's
+    lora_hidden: bool = False
+    lora_weight: bool = False
 
     @property
     def head(self) -> bool:
-        return self.weight or self.bias
+        return self.weight or self.bias or self.lora_weight
 
     @property
     def directions(self) -> int:
         """Accumulators of gradient directions per token: d logp / dh, and d entropy / dh."""
-        return 0 if not self.hidden else 2 if self.entropy else 1
+        return (1 + self.entropy) * self.hidden
+
+    @property
+    def lora_directions(self) -> int:
+        return (1 + self.entropy) * self.lora_hidden
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,9 @@ class Shape:
         gathered: tokens are picked from `hidden` by rows; flattened: `hidden` is a view that must be copied first.
         extra_tiles: tiles beside the logits': one for the exponentials where the entropy is asked for, one for
             the softcap's slope (torch only).
+        curved: there is a softcap.
+        fused: product and fold are one kernel, which leaves `partials` numbers per row and `block_cols` columns.
+        rank: of a LoRA on the head, 0 without one.
     """
 
     n: int
@@ -91,8 +102,13 @@ class Shape:
     weight: int
     widened: bool
     extra_tiles: int = 0
+    curved: bool = False
     gathered: bool = False
     flattened: bool = False
+    fused: bool = False
+    block_cols: int = COL_QUANTUM
+    partials: int = 2
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,13 +118,17 @@ class Plan:
     path: str  # "stats" | "one_pass" | "kept" | "recompute"
     rows: int  # rows of a tile; blocks are balanced, so the last one is at most as long
     cols: int
+    back_rows: int  # the same of the tiles of which dW is made
+    back_cols: int
+    fused: bool  # product and fold are one kernel
     flops: int  # of the GEMMs, forward and backward
     workspace: int  # bytes, freed when forward (or backward) returns
     peak_bytes: int  # above the arguments, over forward and backward, results and gradients included
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: tiles of {self.rows} x {self.cols}, {self.flops / 1e12:.3f} TFLOP, "
+            f"{self.path}{' (fused)' if self.fused else ''}: tiles of {self.rows} x {self.cols}, "
+            f"{self.flops / 1e12:.3f} TFLOP, "
             f"peak {self.peak_bytes / MIB:.1f} MiB above the arguments"
         )
 
@@ -122,40 +142,55 @@ def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: in
     """
     workspace = workspace_bytes() if workspace is None else workspace
     keep = keep_bytes() if keep is None else keep
-    rows, cols = tile(shape, workspace)
-    kept_size = shape.n * _cdiv(shape.v, cols) * (cols * shape.compute + shape.acc)
-    if not needs.head:
-        path = "one_pass" if needs.hidden else "stats"
-    elif kept_size <= keep and not needs.entropy:
-        path = "kept"
-    else:
-        path = "recompute"
+    path, rows, cols = route(shape, needs, workspace, keep)
+    kept_size = _kept_bytes(shape, cols)
+    back_rows, back_cols = rows, cols
+    if path == "recompute":
+        back_rows, back_cols = back_tile(shape, workspace, rows, cols)
+    again = path == "recompute"
+    main = 1 + needs.directions + again + needs.weight
+    lora = 1 + needs.lora_directions + again + needs.lora_weight
+    flops = 2 * shape.n * shape.v * (shape.h * main + shape.rank * lora)
 
-    gemm = 2 * shape.n * shape.h * shape.v
-    flops = gemm * (1 + needs.directions)
-    if path == "kept":
-        flops += gemm * needs.weight
-    elif path == "recompute":
-        flops += gemm * (1 + needs.weight)
-
-    forward = forward_workspace(shape, rows, cols, needs.directions)
+    writes = path != "stats" and path != "kept" if shape.fused else True
+    forward = forward_workspace(shape, rows, cols, needs.directions, writes) + _lora_workspace(shape, rows, cols)
     scale = 2 * rows * shape.h * shape.acc if needs.hidden else 0  # a block of scaled directions
-    backward = max(scale, backward_workspace(shape, rows, cols) if needs.head else 0)
+    backward = scale
+    if needs.head:
+        again_at = (shape, back_rows, back_cols)
+        backward = max(scale, backward_workspace(*again_at) + _lora_workspace(*again_at))
     # results, what is saved of size N, and compacted labels and rows
     vectors = shape.n * (16 * shape.acc + 4 * 8)
     saved = needs.directions * shape.n * shape.h * shape.compute + (kept_size if path == "kept" else 0)
+    saved += needs.lora_directions * shape.n * shape.rank * shape.acc
     scattered = shape.n if shape.gathered else 0
     gradients = needs.hidden * shape.hidden * shape.h * (shape.source_rows + scattered)
     gradients += needs.weight * shape.v * shape.h * shape.weight + needs.bias * shape.v * shape.weight
+    gradients += needs.lora_hidden * shape.acc * shape.rank * (shape.source_rows + scattered)
+    gradients += needs.lora_weight * shape.v * shape.rank * shape.acc
     flat = shape.flattened * shape.source_rows * shape.h * shape.hidden
     peak = flat + vectors + saved + max(forward, gradients + backward)
-    return Plan(path, rows, cols, flops, max(forward, backward), peak)
+    return Plan(path, rows, cols, back_rows, back_cols, shape.fused, flops, max(forward, backward), peak)
+
+
+def route(shape: Shape, needs: Needs, workspace: int, keep: int) -> tuple[str, int, int]:
+    """(path, rows, cols) of a plan: all that the shapes of what is saved depend on, so it takes symbolic sizes too."""
+    rows, cols = _fused_tile(shape, workspace, needs) if shape.fused else tile(shape, workspace)
+    if not needs.head:
+        path = "one_pass" if needs.hidden or needs.lora_hidden else "stats"
+    else:
+        path = "kept" if not needs.entropy and _kept_bytes(shape, cols) <= keep else "recompute"
+    return path, rows, cols
+
+
+def _kept_bytes(shape: Shape, cols: int) -> int:
+    return shape.n * _cdiv(shape.v, cols) * (cols * shape.compute + shape.acc)
 
 
 def tile(shape: Shape, workspace: int) -> tuple[int, int]:
     """(rows, cols) of a tile whose workspace fits the budget: balanced row blocks, wide columns."""
     # as if every statistic were asked for: what is asked for must not change the tile, and so the bits
-    shape = replace(shape, extra_tiles=2)
+    shape = replace(shape, extra_tiles=1 + shape.curved)
     n, v = max(shape.n, 1), max(shape.v, 1)
     per_row = 3 * shape.h * shape.acc  # accumulator, gathered target rows, widened hidden rows
     most = max(16, min(MAX_ROWS, workspace // 2 // per_row))
@@ -170,14 +205,48 @@ def tile(shape: Shape, workspace: int) -> tuple[int, int]:
     return rows, min(v, max(COL_QUANTUM, cols))
 
 
-def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> int:
+def _fused_tile(shape: Shape, workspace: int, needs: Needs) -> tuple[int, int]:
+    """(rows, cols) for the fused kernel, whose bits do not depend on it: half the budget is the exponentials'."""
+    n, v = max(shape.n, 1), max(shape.v, 1)
+    partials = _cdiv(v, shape.block_cols) * shape.partials * shape.acc
+    per_row = partials + (3 * shape.h * shape.acc if needs.directions else 0) + _casts(shape, 1, 0)
+    rows = _cdiv(n, _cdiv(n, max(16, min(MAX_ROWS, workspace // 2 // per_row))))
+    writes = needs.hidden or needs.head
+    per_col = rows * shape.compute * int(writes) + _casts(shape, 0, 1)
+    fixed = forward_workspace(shape, rows, 0, needs.directions)
+    most = min(MAX_COLS_FUSED, (workspace - fixed) // per_col) if per_col else v
+    quantum = max(COL_QUANTUM, shape.block_cols)
+    return rows, v if most >= v else max(quantum, most // quantum * quantum)
+
+
+def back_tile(shape: Shape, workspace: int, rows: int, cols: int) -> tuple[int, int]:
+    """(rows, cols) of the tiles that are made again for dW: all rows at once where enough columns fit the budget.
+
+    Then a block of dW is one product, summed in fp32 inside it and rounded once.
+    """
+    if shape.widened:
+        return rows, cols
+    n = max(shape.n, 1)
+    per_col = backward_workspace(shape, n, 1) - backward_workspace(shape, n, 0)
+    # a copy of picked hidden rows comes on top: it is as large as what is saved for backward
+    most = min(MAX_COLS_FUSED, (workspace - n * 32 * shape.acc) // per_col) // COL_QUANTUM * COL_QUANTUM
+    if most < min(MIN_COLS_ONCE, shape.v):
+        return rows, cols
+    return n, min(shape.v, most)
+
+
+def forward_workspace(shape: Shape, rows: int, cols: int, directions: int, writes: bool = True) -> int:
     """Bytes of a forward tile, its operands' copies and the accumulators."""
-    size = rows * cols * shape.acc * (1 + shape.extra_tiles)
+    if shape.fused:
+        partials = rows * _cdiv(shape.v, shape.block_cols) * shape.partials * shape.acc
+        size = partials + rows * cols * shape.compute * int(writes)
+    else:
+        size = rows * cols * shape.acc * (1 + shape.extra_tiles)
     if shape.widened:
         size += _copies(shape) * ((rows + cols) * shape.h * shape.acc + max(rows, 64) * shape.h * 2 + ONEDNN_SCRATCH)
         if directions:
             size += _copies(shape) * rows * cols * 2  # the exponentials in bf16
-    elif shape.compute != shape.acc:
+    elif shape.compute != shape.acc and not shape.fused:
         size += rows * cols * shape.compute  # the exponentials in the operands' dtype
     size += _casts(shape, rows, cols)
     size += directions * rows * shape.h * shape.acc
@@ -188,8 +257,10 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int) -> in
 
 
 def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
-    """Bytes of a backward tile, its operands' copies and one vocabulary block of dW."""
-    size = rows * cols * shape.acc * (1 + shape.extra_tiles) + cols * shape.h * shape.acc
+    """Bytes of a backward tile, its operands' copies and, where rows come in blocks, one vocabulary block of dW."""
+    size = 0 if shape.fused else rows * cols * shape.acc * (1 + shape.extra_tiles)
+    if shape.widened or rows < shape.n:
+        size += cols * shape.h * shape.acc
     if shape.widened:
         size += _copies(shape) * (rows + cols) * shape.h * shape.acc
         # oneDNN's own bf16 copies of the operands of tile^T @ hidden
@@ -201,6 +272,11 @@ def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
 
 def _copies(shape: Shape) -> int:
     return int(shape.compute != shape.acc or shape.hidden != shape.acc or shape.weight != shape.acc)
+
+
+def _lora_workspace(shape: Shape, rows: int, cols: int) -> int:
+    """Operands, sums and target rows of a LoRA on the head, of which no tile depends."""
+    return shape.rank * (2 * cols + 6 * rows) * shape.acc
 
 
 def _casts(shape: Shape, rows: int, cols: int) -> int:

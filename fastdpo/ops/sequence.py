@@ -1,11 +1,13 @@
 """From per-token log-probs to per-sequence sums and means."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.backend import choose_backend
+from fastdpo.ops.custom_op import differentiable_op, inside, reads_are_free
 from fastdpo.ops.linear_logprob import linear_logprob
 
 
@@ -58,32 +60,45 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
         )
     if not values.is_floating_point():
         raise TypeError(f"segment_sum: values must be floating point, got {values.dtype}.")
-    if offsets.device.type == "cpu":
+    if reads_are_free(offsets):
         ends = (int(offsets[0]), int(offsets[-1]))
         if ends != (0, len(values)) or bool((offsets.diff() < 0).any()):
             raise ValueError(
                 f"segment_sum: offsets must ascend from 0 to {len(values)}, the number of values, got {ends[0]} to "
                 f"{ends[1]}{'' if ends != (0, len(values)) else ', not ascending'}."
             )
-    return _SegmentSum.apply(values, offsets)
+    return _run(values, offsets)[0]
 
 
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.length = len(values)
-        if choose_backend(values.device, values.dtype) == "triton":
-            from fastdpo.kernels.segments import segment_sum_fwd
+def _forward(values: Tensor, offsets: Tensor) -> list[Tensor]:
+    if choose_backend(values.device, values.dtype) == "triton":
+        from fastdpo.kernels.segments import segment_sum_fwd
 
-            out = values.new_empty(len(offsets) - 1, dtype=torch.float32)
+        out = values.new_empty(len(offsets) - 1, dtype=torch.float32)
+        with inside(values.device):
             segment_sum_fwd(values.float().contiguous(), offsets, out)
-            return out.to(values.dtype)
-        # it adds one value at a time: in fp32 a long completion would lose what the op has kept
-        return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
+        return [out.to(values.dtype)]
+    # it adds one value at a time: in fp32 a long completion would lose what the op has kept
+    return [torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)]
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (offsets,) = ctx.saved_tensors
-        # the size is known: nothing waits for the device
-        return torch.repeat_interleave(upstream, offsets.diff(), output_size=ctx.length), None
+
+def _fake_forward(values: Tensor, offsets: Tensor) -> list[Tensor]:
+    return [values.new_empty(offsets.shape[0] - 1)]
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    values, offsets = inputs
+    ctx.save_for_backward(offsets)
+    ctx.length = values.shape[0]
+
+
+def _backward(ctx: Any, upstream: Sequence[Tensor | None], _: Any) -> tuple[Any, ...]:
+    (offsets,), (up,) = ctx.saved_tensors, upstream
+    assert up is not None
+    # the size is known: nothing waits for the device
+    return torch.repeat_interleave(up, offsets.diff(), output_size=ctx.length), None
+
+
+_run = differentiable_op(
+    "segment_sum", "(Tensor values, Tensor offsets) -> Tensor[]", _forward, _fake_forward, _setup_context, _backward
+)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastdpo.kernels import offsets
 from fastdpo.kernels.fold import dlogits_tile, fold_tile
 from fastdpo.ops.tiles import Logits, RowGradient, RowState
 
@@ -29,3 +30,6 @@ class TritonTiles:
 
     def dlogits_kept(self, kept: Tensor, e: Tensor, local: Tensor, scale: Tensor, target: Tensor) -> None:
         dlogits_tile(kept, e, local, others=scale, target=target)
+
+    def rescale(self, sums: Tensor, ratio: Tensor) -> None:
+        offsets.rescale(sums, ratio)
