@@ -1,23 +1,17 @@
-"""How it is measured: the oracle first, then interleaved rounds; peak memory in a run of its own."""
+"""Measures one case: every entry against fp64 first, then those that pass, interleaved."""
 
-import gc
-import os
-import platform
+import functools
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-from bench.cases import DTYPES, Case, peaked_inputs
-from bench.peers import Entry
-
-MIB = 1 << 20
+from bench.bounds import Work
+from bench.comparison import AnyCase, Comparison
+from bench.entries import Entry
+from bench.faults import attempt
+from bench.timing import Budget, Rounds, Timer, interleaved, peak_mib
+from bench.truth import Truth, passes
 
 
 @dataclass
@@ -27,23 +21,63 @@ class Row:
     case: str
     entry: str
     version: str
-    error: dict[str, float]  # largest absolute error against fp64 on the same operands: logp (nats), dh, dw
+    error: dict[str, float]  # largest absolute error against fp64 on the same operands
+    row_errors: dict[str, float | None] = field(default_factory=dict)  # relative, of sampled rows of dh
     times: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
-    tflop: float = 0.0  # of the GEMMs that the entry's algorithm needs (fastdpo: its plan)
     predicted_peak_mib: float | None = None
+    work: Work | None = None
+    ceilings: Mapping[str, float | None] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, object]:
-        low, high = quantile(self.times, 0.2), quantile(self.times, 0.8)
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def bound_ms(self) -> float | None:
+        if self.work is None:
+            return None
+        return self.work.bound_ms(self.ceilings.get("gemm_tflops"), self.ceilings.get("copy_gbs"))
+
+    def summary(self) -> dict[str, Any]:
+        best, median = min(self.times), self.median_ms
+        flops = self.work.flops if self.work else 0.0
+        gemm, bound = self.ceilings.get("gemm_tflops"), self.bound_ms
         return {
-            **{k: v for k, v in vars(self).items() if k != "times"},
-            "best_ms": min(self.times),
-            "median_ms": statistics.median(self.times),
-            "p20_ms": low,
-            "p80_ms": high,
+            "case": self.case,
+            "entry": self.entry,
+            "version": self.version,
+            "error": self.error,
+            "row_errors": self.row_errors,
+            "peak_mib": self.peak_mib,
+            "tflop": flops / 1e12,
+            "predicted_peak_mib": self.predicted_peak_mib,
+            "best_ms": best,
+            "median_ms": median,
+            "p20_ms": quantile(self.times, 0.2),
+            "p80_ms": quantile(self.times, 0.8),
             "rounds": len(self.times),
-            "tflops": self.tflop / min(self.times) * 1e3 if self.tflop else None,
+            "tflops": flops / best / 1e9 if flops else None,
+            "path": self.work.path if self.work else "",
+            "flop": flops,
+            "tile_bytes": self.work.tile_bytes if self.work else None,
+            "gemm_share": flops / median / 1e9 / gemm if flops and gemm else None,
+            "bound_ms": bound,
+            "bound_share": bound / median if bound else None,
+            **{name: self.ceilings.get(name) for name in ("gemm_tflops", "gemm_fp32_out_tflops", "copy_gbs")},
         }
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An entry, or with entry "" a whole case, that was not measured, and why."""
+
+    case: str
+    entry: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: {f'{self.entry}: ' if self.entry else ''}{self.reason}"
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -51,103 +85,77 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
-def step(entry: Entry, inputs: tuple[Tensor, ...], mode: str) -> tuple[Tensor, ...]:
-    """One forward (and backward), returning log-probs and gradients."""
-    hidden, weight, labels = inputs
-    hidden = hidden.detach().requires_grad_(mode != "forward")
-    weight = weight.detach().requires_grad_(mode == "trained")
-    with torch.set_grad_enabled(mode != "forward"):
-        logp = entry(hidden, weight, labels)
-        if mode == "forward":
-            return (logp,)
-        # upstream gradients as DPO's: one coefficient a sequence, of both signs
-        upstream = torch.full_like(logp, 0.05)
-        upstream[len(upstream) // 2 :] = -0.05
-        logp.backward(upstream)
-    grads = (hidden.grad, weight.grad)
-    return (logp.detach(), *(g for g in grads if g is not None))
+def measure_case(
+    case: AnyCase,
+    comparison: Comparison,
+    entries: Mapping[str, Entry],
+    rounds: Rounds,
+    timer: Timer,
+    budget: Budget,
+    ceilings: Mapping[str, float | None],
+) -> tuple[list[Row], list[Missing]]:
+    """The rows of one case, and every entry that has none."""
+    truth, failure = attempt(lambda: comparison.truth)
+    by_eager, failure = attempt(lambda: comparison.eager_errors) if truth is not None else (None, failure)
+    if truth is None or by_eager is None:
+        return [], [Missing(case.name, "", f"nothing to check against: {failure}")]
+
+    rows: dict[str, Row] = {}
+    missing: dict[str, str] = {}
+    check = functools.partial(_checked, case, comparison, truth, by_eager, timer, rows)
+    for entry in entries.values():
+        row, reason = (None, "no time left") if budget.over else check(entry)
+        if row is None:
+            missing[entry.name] = reason
+        else:
+            row.ceilings = ceilings
+            rows[entry.name] = row
+
+    runs = {key: functools.partial(comparison.step, entries[key], case.mode) for key in rows}
+    times, failed = interleaved(runs, rounds, timer, lambda: budget.over)
+    missing |= failed
+    for key, taken in times.items():
+        rows[key].times = taken
+        if not taken:
+            missing[key] = "no time left"
+    found = [row for row in rows.values() if row.times]
+    return found, [Missing(case.name, key, missing[key]) for key in entries if key in missing]
 
 
-def errors(entry: Entry, case: Case, device: str, rows: int = 96) -> dict[str, float]:
-    """Largest absolute errors against fp64 on the same rounded operands, on fewer rows of the case's shape."""
-    inputs = peaked_inputs(min(rows, case.n), case.h, case.v, DTYPES[case.dtype], device, seed=1)
-    truth = step(_definition, (inputs[0].double(), inputs[1].double(), inputs[2]), case.mode)
-    found = step(entry, inputs, case.mode)
-    return {
-        name: float((a.double() - b).abs().max())
-        for name, a, b in zip(("logp", "dh", "dw"), found, truth, strict=False)
-    }
+def _checked(
+    case: AnyCase,
+    comparison: Comparison,
+    truth: Truth,
+    by_eager: dict[str, float],
+    timer: Timer,
+    rows: Mapping[str, Row],
+    entry: Entry,
+) -> tuple[Row | None, str]:
+    """The entry's row without its times, or why it has none; `rows` are those before it."""
+    reason = entry.obstacle(case.dtype, comparison.softcap)
+    if reason is not None:
+        return None, reason
+    planned, reason = attempt(lambda: comparison.work(entry, case.mode))
+    if planned is None:
+        return None, reason
+    if entry.settings and any(row.work == planned[0] for row in rows.values()):
+        return None, "the default's own path"  # a forced form of ours is not timed twice
 
+    def run() -> tuple[dict[str, float], dict[str, float | None]]:
+        outputs = comparison.step(entry, case.mode)
+        timer.wait()
+        return truth.errors(outputs), truth.row_errors(outputs)
 
-def _definition(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return torch.log_softmax(hidden @ weight.t(), -1).gather(1, labels[:, None])[:, 0]
-
-
-def passes(found: dict[str, float], by_eager: dict[str, float]) -> bool:
-    """Within twice eager's own error at that dtype; a faster wrong answer is not reported."""
-    return all(found[name] <= 2 * by_eager[name] + 1e-6 for name in by_eager)
-
-
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each run, one of each per round, after a warm-up; garbage is collected in between."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_index in range(rounds + 1):
-        for name, run in runs.items():
-            gc.collect()
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            if round_index:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_mib(run: Callable[[], object], device: str) -> float:
-    """Peak bytes of torch's allocator above the start of the run."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    now = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
-        if event.name() == "[memory]":
-            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-            peak = max(peak, now)
-    return peak / MIB
-
-
-def environment(device: str, command: str) -> dict[str, object]:
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git("rev-parse", "--short=12", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else ""),
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-        "load_average_at_start": os.getloadavg()[0],
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    found, reason = attempt(run)
+    if found is None:
+        return None, reason
+    error, row_errors = found
+    if not passes(error, by_eager):
+        return None, f"({entry.version}) failed the oracle, not timed: {error}, eager {by_eager}"
+    peak, reason = attempt(lambda: peak_mib(lambda: comparison.step(entry, case.mode), timer.device))
+    if peak is None:
+        return None, reason
+    work, predicted = planned
+    row = Row(case.name, entry.name, entry.version, error, row_errors, peak_mib=peak, work=work)
+    row.predicted_peak_mib = predicted
+    return row, ""

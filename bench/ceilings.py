@@ -1,0 +1,33 @@
+"""The rates that a device reaches here and now: what a path could do at best is counted with them."""
+
+import torch
+from torch import Tensor
+
+from bench.faults import attempt
+from bench.timing import MIB, Run, Timer
+
+
+def rate(work: float, run: Run, timer: Timer, rounds: int = 7) -> float | None:
+    """`work` per millisecond, at the median of some rounds; None where it does not run here."""
+    took, _ = attempt(lambda: sorted(timer.once(run) for _ in range(rounds + 1))[rounds // 2])
+    return None if not took else work / took
+
+
+def copy_gbs(timer: Timer) -> float | None:
+    """Device copy rate in GB/s, bytes read and bytes written counted: 1 GiB, or 64 MiB on a CPU."""
+    size = (1024 if timer.device == "cuda" else 64) * MIB
+    source = torch.ones(size, dtype=torch.int8, device=timer.device)
+    target = torch.empty_like(source)
+    found = rate(2 * size, lambda: target.copy_(source), timer)
+    return None if found is None else found / 1e6
+
+
+def gemm_tflops(hidden: Tensor, weight: Tensor, timer: Timer) -> dict[str, float | None]:
+    """TFLOP/s of one product N x H x V in the operands' dtype, and with an fp32 result where torch has that."""
+    flops = 2.0 * len(hidden) * weight.numel()
+    results = {"gemm_tflops": {}, "gemm_fp32_out_tflops": {"out_dtype": torch.float32}}
+    found: dict[str, float | None] = {}
+    for name, options in results.items():
+        per_ms = rate(flops, lambda options=options: torch.mm(hidden, weight.t(), **options), timer)
+        found[name] = None if per_ms is None else per_ms / 1e9
+    return found

@@ -1,0 +1,64 @@
+"""What a comparison gives the measurement: one step of an entry, what is right, and the work that it is."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from bench.bounds import Work
+from bench.entries import Entry
+from bench.truth import Outputs, Truth
+
+
+class AnyCase(Protocol):
+    """A dataclass with the shape of one case."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def head(self) -> str: ...
+
+
+class Comparison(ABC):
+    """Inputs of one shape and dtype, for all modes."""
+
+    softcap: float | None = None
+
+    @property
+    @abstractmethod
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """hidden (N, H) and weight (V, H), whose product's rate is the ceiling."""
+
+    @abstractmethod
+    def step(self, entry: Entry, mode: str) -> Outputs:
+        """One forward (and backward) of an entry."""
+
+    @abstractmethod
+    def eager_outputs(self) -> Outputs:
+        """Of plain eager PyTorch, all gradients included, in pieces: all its logits at once may not fit."""
+
+    @abstractmethod
+    def work(self, entry: Entry, mode: str) -> tuple[Work | None, float | None]:
+        """What the entry has to do, and (ours) the peak MiB that its plan predicts."""
+
+    @abstractmethod
+    def make_truth(self) -> Truth: ...
+
+    @cached_property
+    def truth(self) -> Truth:
+        return self.make_truth()
+
+    @cached_property
+    def eager_errors(self) -> dict[str, float]:
+        """The measure of others' errors."""
+        return self.truth.errors(self.eager_outputs())

@@ -1,0 +1,38 @@
+"""Failures of an entry that the run survives: out of memory, an error, a device that is lost."""
+
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
+    """What `run` gives, or None and why not. What it held is freed."""
+    try:
+        return run(), ""
+    except Exception as reason:
+        failure = out_of_memory(reason) or f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # a lost device says no to this too
+            torch.cuda.empty_cache()
+    return None, failure
+
+
+def out_of_memory(reason: BaseException) -> str | None:
+    """ "out of memory" if that is what it says: torch's own error, a driver's as Triton words it, or a CPU's."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    told = isinstance(reason, torch.OutOfMemoryError | MemoryError) or any(word in str(reason) for word in words)
+    return "out of memory" if told else None
+
+
+def device_lost(device: str) -> str | None:
+    """What the device says where nothing can run on it any more (a kernel read memory that is not its own)."""
+    if device != "cuda":
+        return None
+    _, failure = attempt(lambda: torch.ones(1, device="cuda").item())
+    return failure or None
