@@ -166,6 +166,21 @@ def test_every_form_of_the_kernel(tile, h, monkeypatch):
         assert worst(a, t) <= 1.2e-2 * float(t.abs().max())
 
 
+def test_operands_of_any_stride(monkeypatch):
+    monkeypatch.setenv("FASTDPO_KEEP_MB", "0")
+    hidden, weight, labels = (x.clone() for x in inputs(9, 24, 101, torch.bfloat16))
+    bias, up = torch.zeros(101).bfloat16(), torch.linspace(-1, 1, 9)
+
+    def op(h, w, b):
+        return linear_logprob(h, w, labels, bias=b)
+
+    def strided(h, w, b):
+        return linear_logprob(h.t().contiguous().t(), w.t().contiguous().t(), labels, bias=b)
+
+    pairs = zip(run(op, hidden, weight, bias, up), run(strided, hidden, weight, bias, up), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_bits_depend_on_neither_tile_nor_path(monkeypatch):
     """Chunks of the vocabulary, what is asked for and whether exponentials are written leave log-probs as they are."""
     hidden, weight, labels = (x.clone() for x in inputs(21, 24, 301, torch.bfloat16))

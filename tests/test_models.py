@@ -131,32 +131,49 @@ def test_forward_is_what_was_found_and_keeps_its_signature() -> None:
     assert torch.equal(ids, again)
 
 
-HEADS = {
-    "lora": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
-    "dora": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True, task_type="CAUSAL_LM"),
-    "modules_to_save": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+HEADS = {  # adapter, and what the head is said to be where its logits are built
+    "lora": (LoraConfig(**LORA), None),
+    "dora": (LoraConfig(**LORA, use_dora=True), "under a variant of LoRA"),
+    "lora_bias": (LoraConfig(**LORA, lora_bias=True), "under a variant of LoRA"),
+    "modules_to_save": (LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, modules_to_save=["lm_head"]), None),
 }
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_adapter_on_the_head_takes_the_logits_path_and_is_trained(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = get_peft_model(llama(), HEADS[name])
+def test_adapters_on_the_head_are_trained(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    adapter, said = HEADS[name]
+    model = get_peft_model(llama(), adapter)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     inputs = batch()
     patched = LogprobForward(model)
-    assert not patched.direct
-    assert sum("not a plain linear layer" in line for line in caplog.messages) == 1
-    wanted = own_logprobs(model, inputs)
+    assert patched.direct == (said is None)
+    lines = [line for line in caplog.messages if "so the logits of the scored tokens are built" in line]
+    assert [f"the head is {said}, not" in line for line in lines] == ([True] if said else [])
+
+    def trained(output: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        (output * torch.linspace(-1, 1, len(output))).sum().backward()
+        return [p.grad.clone() for n, p in model.named_parameters() if "lm_head" in n and p.grad is not None]
+
+    own = own_logprobs(model, inputs)
+    wanted = trained(own)
     with patched.installed():
         output = model(**inputs, logprob_stats=STATISTICS)
-    torch.testing.assert_close(output["logprob"], wanted, rtol=1e-5, atol=1e-5)
-    output["logprob"].sum().backward()
-    head = [p for n, p in model.named_parameters() if "lm_head" in n and p.requires_grad]
-    assert head
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head)
+        found = trained(output["logprob"])
+        with model.disable_adapter(), torch.no_grad():
+            base = model(**inputs)["logprob"]
+    torch.testing.assert_close(output["logprob"], own, rtol=1e-5, atol=1e-5)
+    assert len(found) == len(wanted) >= 1
+    for a, b in zip(found, wanted, strict=True):
+        assert float(a.abs().sum()) > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(base, own_logprobs(model, inputs), rtol=1e-5, atol=1e-5)
+    assert float((base - own).abs().max()) > 1e-2
 
 
 @pytest.fixture

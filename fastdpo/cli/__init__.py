@@ -9,7 +9,10 @@ from importlib import import_module
 
 from fastdpo import __version__
 
-COMMANDS = {"train": "train a model on preference pairs with DPO"}
+COMMANDS = {
+    "train": "train a model on preference pairs with DPO",
+    "doctor": "say what is installed, which path log-probs take and why, and test them on this machine",
+}
 
 _USAGE = """usage: fastdpo COMMAND [arguments]
 

@@ -29,13 +29,13 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"{request.sources[lora[0]]} is set but --use_peft is not: add --use_peft to train a LoRA adapter"
         )
-    _check_model_folder(values["model_name_or_path"])
+    check_model_folder(values["model_name_or_path"])
     resume = values.get("resume_from_checkpoint")
     if isinstance(resume, str) and not Path(resume).is_dir():
         raise UsageError(f"{request.sources['resume_from_checkpoint']}: there is no checkpoint folder {resume}")
 
 
-def _check_model_folder(name: str) -> None:
+def check_model_folder(name: str) -> None:
     """A hub name is looked up later; a path is judged now."""
     folder = Path(name).expanduser()
     if folder.is_file():

@@ -5,8 +5,6 @@ It takes the place of a GEMM and `TileOps` inside `fastdpo.ops.tiled`'s loops. E
 results of all column blocks: they are the same bits whatever the tile was, and whether anything was written.
 """
 
-import logging
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from fastdpo.kernels import configs, offsets
 from fastdpo.kernels.fused_dlogits import fused_dlogits
 from fastdpo.kernels.fused_fold import fused_fold
 from fastdpo.ops.tiles import NEG, Logits, RowGradient, RowState
-
-logger = logging.getLogger("fastdpo")
 
 # nats by which an exponential may exceed its offset: e^60 fits bf16 and leaves fp32 sums room, e^8 fits fp16
 WINDOW = {torch.bfloat16: 60.0, torch.float16: 8.0}
@@ -26,7 +22,8 @@ class FusedRows:
 
     def __init__(self, operand: Tensor, lora: Tensor | None, columns: int, state: RowState, how: Logits) -> None:
         self.config = configs.fold_config(configs.arch_of(operand.device), bool(how.softcap))
-        self.operand, self.lora, self.state, self.how = operand, lora, state, how
+        self.operand, self.lora = _unit_stride(operand), None if lora is None else _unit_stride(lora)
+        self.state, self.how = state, how
         self.window = WINDOW[operand.dtype]
         n, blocks = len(operand), -(-columns // self.config.block_cols)
         names = ("m", "s", *(name for name in ("t", "sq", "zsum") if getattr(state, name) is not None))
@@ -48,7 +45,8 @@ class FusedRows:
 
         state.ratio (n,) is then exp(the offset before - the offset now).
         """
-        lora = None if self.lora is None or lora_weight is None else (self.lora, lora_weight)
+        weight = _unit_stride(weight)
+        lora = None if self.lora is None or lora_weight is None else (self.lora, _unit_stride(lora_weight))
         first, width = start // self.config.block_cols, self.config.block_cols
         part = {name: x[first : first - (-len(weight) // width)] for name, x in self.partials.items()}
         options = {"scale": self.how.scale, "softcap": self.how.softcap, "cap": self.how.cap}
@@ -99,4 +97,10 @@ def dlogits(
     config = configs.dlogits_config(configs.arch_of(operand.device))
     numbers = {"m": row.m, "others": row.others, "target": row.target}
     scales = {"scale": how.scale, "softcap": how.softcap, "cap": how.cap, "slope": how.slope}
-    fused_dlogits(operand, weight, local, bias, lora, d, config, **numbers, **scales)
+    pair = None if lora is None else (_unit_stride(lora[0]), _unit_stride(lora[1]))
+    fused_dlogits(_unit_stride(operand), _unit_stride(weight), local, bias, pair, d, config, **numbers, **scales)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The kernels read rows as they lie in memory."""
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastdpo.ops import reference
 from fastdpo.ops.linear_logprob import linear_logprob_stats
+from fastdpo.training.head_parts import HeadParts, head_parts
 from fastdpo.training.models import unwrap_peft
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class LogprobForward:
 
     `model(input_ids=..., attention_mask=..., logprob_rows=(M,), logprob_targets=(M,), logprob_stats=())` then
     returns `{"logprob": (M,) fp32, ...}` with one (M,) tensor for each statistic asked for. A head that is a
-    plain linear layer goes to `linear_logprob_stats`. Any other (an adapter on the head, a quantized head) is
+    linear layer, perhaps with a LoRA, goes to `linear_logprob_stats`. Any other (DoRA, a quantized head) is
     called on the scored rows, so (M, V) logits exist; `direct` says which, and one line is logged.
     """
 
@@ -57,11 +58,12 @@ class LogprobForward:
         head = self.model.get_output_embeddings()
         if head is None or self.model.base_model is self.model:
             raise ValueError(f"{type(self.model).__name__} has no language model head; fastdpo trains causal LMs.")
-        self.direct = type(head) is nn.Linear
+        parts = head_parts(head)
+        self.direct = isinstance(parts, HeadParts)
         if not self.direct:
             logger.warning(
-                f"the head is a {type(head).__module__}.{type(head).__name__}, not a plain linear layer, so the "
-                "logits of the scored tokens are built."
+                f"the head is {parts}, not a linear layer or a plain LoRA on one, so the logits of the scored tokens "
+                "are built."
             )
         # the forward that is put in place at the next installation; accelerate wraps it in between
         self._ours: Any = None
@@ -111,12 +113,16 @@ class LogprobForward:
         head = cast(nn.Module, model.get_output_embeddings())
         device = next(head.parameters()).device
         hidden, rows, targets = hidden.to(device), logprob_rows.to(device), logprob_targets.to(device)
-        if self.direct:
+        # whether an adapter is on changes between the policy's call and the reference's
+        parts = head_parts(head)
+        if isinstance(parts, HeadParts):
+            flat = hidden.flatten(0, 1)
             token = linear_logprob_stats(
-                hidden.flatten(0, 1),
-                cast(Tensor, head.weight),
+                flat,
+                parts.linear.weight,
                 targets,
-                bias=cast("Tensor | None", head.bias),
+                bias=parts.linear.bias,
+                lora=parts.lora_pair(flat),
                 rows=rows,
                 logit_scale=self.scale,
                 softcap=self.softcap,
