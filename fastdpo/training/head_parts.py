@@ -22,7 +22,7 @@ class HeadParts:
             return None
         (name,) = _adapters(self.lora)
         a, b = self.lora.lora_A[name], self.lora.lora_B[name]
-        hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(a.weight.dtype)
+        hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(cast(Tensor, a.weight).dtype)
         return a(self.lora.lora_dropout[name](hidden)) * self.lora.scaling[name], cast(Tensor, b.weight)
 
 
