@@ -9,6 +9,10 @@ has the exponents of fp32, and any number within `window` nats of the row's maxi
 maximum over the first block. A block whose maximum is more than the window above it is written relative to its own,
 and kernels/offsets.py then brings the row's other columns there, which is rare. The sums are relative to each block's
 own maximum and do not depend on the offset: a pass that writes nothing gives the same bits.
+
+Maxima and sums of blocks and their merge: Milakov and Gimelshein, "Online normalizer calculation for softmax",
+arXiv:1805.02867, equations 4 to 8; the second product with exponentials of a tile: Dao et al., "FlashAttention",
+arXiv:2205.14135, algorithm 1. The target's column kept apart, and one offset a row, are this project's.
 """
 
 import triton

@@ -517,6 +517,23 @@ def test_a_bias_of_any_stride(backend):
     )
 
 
+def test_more_tokens_and_logits_than_16_and_31_bits_count(monkeypatch):
+    n, v = 66000, 33000
+    assert n > 1 << 16
+    assert n * v > 1 << 31
+    monkeypatch.undo()
+    hidden, weight = torch.randn(n, 4).requires_grad_(), torch.randn(v, 4)
+    labels = torch.randint(0, v, (n,))
+    found = linear_logprob(hidden, weight, labels)
+    found.sum().backward()
+    some = torch.cat((torch.arange(8), torch.arange(n - 8, n)))
+    wide = hidden.detach()[some].to(F64).requires_grad_()
+    truth = reference.linear_logprob(wide, weight.to(F64), labels[some])
+    truth.sum().backward()
+    assert error(found.detach()[some], truth.detach()) <= 1e-5
+    assert error(hidden.grad[some], wide.grad) <= 1e-4  # an fp32 sum of 33000 terms
+
+
 def test_mean_logit_follows_the_weight():
     hidden, weight = torch.randn(4, 8), torch.nn.Parameter(torch.randn(30, 8), requires_grad=False)
     for _ in range(2):
