@@ -18,6 +18,7 @@ _HOME = {
     "PairLogps": "fastdpo.losses",
     "PreferenceOutput": "fastdpo.losses",
     "LOSSES": "fastdpo.losses",
+    "LossOptions": "fastdpo.losses",
     "preference_loss": "fastdpo.losses",
     "DPOLoss": "fastdpo.modules",
     "FusedLinearDPOLoss": "fastdpo.modules",
@@ -36,6 +37,7 @@ __all__ = [
     "PairLogps",
     "PreferenceOutput",
     "LOSSES",
+    "LossOptions",
     "preference_loss",
     "DPOLoss",
     "FusedLinearDPOLoss",
@@ -46,7 +48,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastdpo.data.collate import DataCollatorForPreference
-    from fastdpo.losses import LOSSES, PairLogps, PreferenceOutput, preference_loss
+    from fastdpo.losses import LOSSES, LossOptions, PairLogps, PreferenceOutput, preference_loss
     from fastdpo.modules import DPOLoss, FusedLinearDPOLoss
     from fastdpo.ops.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats
     from fastdpo.ops.logprob import logprob

@@ -1,12 +1,17 @@
 """The losses as modules: `DPOLoss` takes log-probs, `FusedLinearDPOLoss` hidden states and the head."""
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.losses import PairLogps, PreferenceOutput, check_loss_options, preference_loss
-from fastdpo.ops.sequence import sequence_logprob
+from fastdpo.losses import LossOptions, PairLogps, PreferenceOutput, ld_mask_weights, wpo_pair_weights
+from fastdpo.losses.preference import pair_losses
+from fastdpo.ops.linear_logprob import linear_logprob, linear_logprob_stats
+from fastdpo.ops.sequence import segment_sum
 
 
 class DPOLoss(nn.Module):
@@ -16,7 +21,13 @@ class DPOLoss(nn.Module):
         loss_type: a name in `fastdpo.LOSSES`, or several, which are added with `loss_weights`.
         beta: strength of the pull to the reference, > 0.
         label_smoothing: probability that a label is flipped, in [0, 0.5), for the losses that have it.
+        options: the other attributes of `fastdpo.LossOptions`: f_divergence_type, simpo_gamma, rpo_alpha, ...
+
+    Raises:
+        ValueError: see `fastdpo.LossOptions`.
     """
+
+    sees_tokens = False
 
     def __init__(
         self,
@@ -24,23 +35,35 @@ class DPOLoss(nn.Module):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         loss_weights: Sequence[float] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        check_loss_options(loss_type, beta, label_smoothing, loss_weights)
-        self.loss_type = loss_type
-        self.beta = beta
-        self.label_smoothing = label_smoothing
-        self.loss_weights = loss_weights
+        self.options = LossOptions(loss_type, beta, label_smoothing, loss_weights, **options)
+        for name in ("use_weighting", "ld_alpha"):
+            value = getattr(self.options, name)
+            if value not in (None, False) and not self.sees_tokens:
+                raise ValueError(
+                    f"DPOLoss: {name}={value!r} needs the log-probs of each token, and this loss gets their sums; use "
+                    "FusedLinearDPOLoss or DPOTrainer."
+                )
 
     def forward(
-        self, policy_logps: Tensor, ref_logps: Tensor, lengths: Tensor | None = None
+        self, policy_logps: Tensor, ref_logps: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, PreferenceOutput]:
         """Mean loss (a scalar), and the per-pair losses and rewards (B,).
 
         Args:
-            policy_logps, ref_logps: (2B,) per-sequence log-probs in nats, chosen rows first, then rejected.
-            lengths: (2B,) scored tokens of each row: `ipo` on summed log-probs averages over them.
+            policy_logps: (2B,) per-sequence log-probs in nats, chosen rows first, then rejected.
+            ref_logps: (2B,) the reference policy's; may be left out where no loss reads them (simpo, orpo, cpo, sft).
+            lengths: (2B,) scored tokens of each row, for losses that average over them; without lengths they take
+                the log-probs as averages already.
         """
+        if ref_logps is None:
+            if self.options.needs_reference:
+                raise ValueError(
+                    f"DPOLoss: {', '.join(self.options.names)} compares with a reference; pass ref_logps (2B,)."
+                )
+            ref_logps = torch.zeros_like(policy_logps, requires_grad=False)
         for name, x in (("ref_logps", ref_logps), ("lengths", lengths)):
             if x is not None and x.shape != policy_logps.shape:
                 raise ValueError(
@@ -53,33 +76,30 @@ class DPOLoss(nn.Module):
         chosen, rejected = policy_logps.chunk(2)
         ref_chosen, ref_rejected = ref_logps.chunk(2)
         chosen_len, rejected_len = (None, None) if lengths is None else lengths.chunk(2)
-        out = preference_loss(
-            PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_len, rejected_len),
-            self.loss_type,
-            self.beta,
-            label_smoothing=self.label_smoothing,
-            loss_weights=self.loss_weights,
-        )
+        out = pair_losses(PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_len, rejected_len), self.options)
         return out.losses.mean(), out
 
     def extra_repr(self) -> str:
-        parts = [f"loss_type={self.loss_type!r}", f"beta={self.beta}"]
-        if self.label_smoothing:
-            parts.append(f"label_smoothing={self.label_smoothing}")
-        if self.loss_weights is not None:
-            parts.append(f"loss_weights={list(self.loss_weights)}")
-        return ", ".join(parts)
+        given = {field.name: getattr(self.options, field.name) for field in fields(LossOptions)}
+        shown = ("loss_type", "beta")
+        return ", ".join(
+            f"{field.name}={given[field.name]!r}"
+            for field in fields(LossOptions)
+            if field.name in shown or given[field.name] != field.default
+        )
 
 
 class FusedLinearDPOLoss(DPOLoss):
     """The loss straight from hidden states and the head's weight; logits never exist.
 
     Args (besides those of `DPOLoss`):
-        average: per-sequence log-probs are means over scored tokens instead of sums.
+        average: per-sequence log-probs are means over scored tokens instead of sums (`aggregate="mean"`).
         ignore_index: labels that are not scored.
         temperature, logit_scale, softcap: see `fastdpo.linear_logprob`.
         shift: labels are unshifted, as Hugging Face models take them.
     """
+
+    sees_tokens = True
 
     def __init__(
         self,
@@ -94,16 +114,17 @@ class FusedLinearDPOLoss(DPOLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         shift: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(loss_type, beta, label_smoothing, loss_weights)
-        self.average = average
+        options = {"aggregate": "mean" if average else "sum", **options}
+        super().__init__(loss_type, beta, label_smoothing, loss_weights, **options)
         self.ignore_index = ignore_index
         self.head = {
             "temperature": temperature,
             "logit_scale": logit_scale,
             "softcap": softcap,
-            "shift": shift,
         }
+        self.shift = shift
 
     def forward(
         self,
@@ -116,6 +137,7 @@ class FusedLinearDPOLoss(DPOLoss):
         ref_bias: Tensor | None = None,
         *,
         ref_logps: Tensor | None = None,
+        lora: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, PreferenceOutput]:
         """Mean loss (a scalar), and the per-pair losses and rewards (B,).
 
@@ -124,25 +146,55 @@ class FusedLinearDPOLoss(DPOLoss):
             hidden: (2B, T, H), chosen rows first, then rejected; labels: (2B, T), aligned unless `shift`.
             ref_hidden, ref_weight, ref_bias: the reference policy's; its head defaults to the policy's.
             ref_logps: (2B,) instead of ref_hidden: log-probs of the reference, made with the same `average`.
+            lora: (u, B) of a LoRA on the policy's head, see `linear_logprob`; a reference whose head is the policy's
+                goes without it, as with the adapter switched off.
 
         Raises:
-            ValueError: neither or both of ref_hidden and ref_logps.
+            ValueError: neither or both of ref_hidden and ref_logps, where a loss reads the reference.
         """
         self._check(hidden, labels, ref_hidden, ref_weight, ref_bias, ref_logps)
-        options = {"average": self.average, "ignore_index": self.ignore_index, **self.head}
-        logps = sequence_logprob(hidden, weight, labels, bias=bias, **options)
-        if ref_logps is None:
+        if self.shift:
+            labels = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
+        scored = labels != self.ignore_index
+        lengths = scored.sum(-1)
+        offsets = torch.arange(0, scored.numel() + 1, max(scored.shape[1], 1), device=labels.device)
+        ld_alpha = self.options.ld_alpha
+
+        def sums(tokens: Tensor, weighted: bool = True) -> Tensor:
+            if not scored.shape[1]:
+                return tokens.sum(-1)
+            if ld_alpha is not None and weighted:
+                tokens = tokens * ld_mask_weights(scored, ld_alpha, tokens.dtype)
+            return segment_sum(tokens.flatten(), offsets)
+
+        head = {"ignore_index": self.ignore_index, **self.head}
+        stats = ("log_sum_sq_probs",) if self.options.use_weighting else ()
+        policy = linear_logprob_stats(hidden, weight, labels, bias=bias, lora=lora, stats=stats, **head)
+        if not self.options.needs_reference:
+            ref_logps = torch.zeros(len(labels), device=labels.device, dtype=policy.logprob.dtype)
+        elif ref_logps is not None:
+            ref_logps = ref_logps.detach() * (lengths if self.options.aggregate == "mean" else 1)
+        else:
             assert ref_hidden is not None
             if ref_weight is None:
                 ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
             with torch.no_grad():
-                ref_logps = sequence_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
-        scored = labels[:, 1:] if self.head["shift"] else labels
-        lengths = None if self.average else (scored != self.ignore_index).sum(-1)
-        return super().forward(logps, ref_logps.detach(), lengths)
+                ref_logps = sums(linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, **head))
+        sequence = sums(policy.logprob)
+        logps = PairLogps(*sequence.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
+        if ld_alpha is not None:
+            logps = logps._replace(chosen_nll_sum=sums(policy.logprob, weighted=False).chunk(2)[0])
+        if self.options.use_weighting:
+            assert policy.log_sum_sq_probs is not None
+            with torch.no_grad():
+                alignment = sums(policy.logprob - policy.log_sum_sq_probs, weighted=False)
+            pair_weight = wpo_pair_weights(alignment, lengths)
+            logps = logps._replace(pair_weight=pair_weight)
+        out = pair_losses(logps, self.options)
+        return out.losses.mean(), out
 
-    @staticmethod
     def _check(
+        self,
         hidden: Tensor,
         labels: Tensor,
         ref_hidden: Tensor | None,
@@ -151,7 +203,8 @@ class FusedLinearDPOLoss(DPOLoss):
         ref_logps: Tensor | None,
     ) -> None:
         what = "FusedLinearDPOLoss"
-        if (ref_hidden is None) == (ref_logps is None):
+        none = ref_hidden is None and ref_logps is None
+        if (ref_hidden is not None and ref_logps is not None) or (none and self.options.needs_reference):
             raise ValueError(f"{what}: pass either ref_hidden or ref_logps, the reference policy's.")
         if ref_logps is not None and (ref_weight is not None or ref_bias is not None):
             raise ValueError(f"{what}: ref_weight and ref_bias go with ref_hidden, and ref_logps was given.")

@@ -212,29 +212,35 @@ def test_batches_have_no_labels(tmp_path: Path) -> None:
     assert not any("label" in name for name in trainer._signature_columns)
 
 
-def test_average_log_prob_divides_by_the_scored_tokens(tmp_path: Path) -> None:
+def test_aggregate_mean_takes_averages_in_the_loss(tmp_path: Path) -> None:
     logged = []
-    for average in (False, True):
-        trainer = make(tmp_path, train=pairs(2), max_steps=1, average_log_prob=average)
+    for aggregate in ("sum", "mean"):
+        trainer = make(tmp_path, train=pairs(2), max_steps=3, aggregate=aggregate)
         lengths = first_batch(trainer)["offsets"].diff()
         trainer.train()
-        logged.append(train_logs(trainer)[0])
+        logged.append(train_logs(trainer))
     assert len(set(lengths.tolist())) > 1
     batch = first_batch(make(tmp_path, train=pairs(2), max_steps=1))
     policy = model()
     logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     scored = logits.flatten(0, 1)[batch["rows"]].log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
     parts = scored.split(lengths.tolist())
-    assert logged[0]["logps/chosen"] == pytest.approx(float(sum(p.sum() for p in parts[:2]) / 2), rel=1e-5)
-    assert logged[1]["logps/chosen"] == pytest.approx(float(sum(p.mean() for p in parts[:2]) / 2), rel=1e-5)
+    # logps are sums whatever the loss does with them
+    for line in (logged[0][0], logged[1][0]):
+        assert line["logps/chosen"] == pytest.approx(float(sum(p.sum() for p in parts[:2]) / 2), rel=1e-5)
+    # rewards are the loss's own: after a step about a completion's length apart
+    ratio = logged[0][1]["rewards/margins"] / logged[1][1]["rewards/margins"]
+    assert 0.5 * min(lengths) < ratio < 2 * max(lengths)
 
 
-@pytest.mark.parametrize("loss", ["hinge", "ipo", ["sigmoid", "ipo"]])
+@pytest.mark.parametrize("loss", ["hinge", "simpo", "orpo", "kto_pair", ["sigmoid", "ipo"], ["sigmoid", "sft"]])
 def test_every_loss_trains(tmp_path: Path, loss: Any) -> None:
     trainer = make(tmp_path, loss_type=loss, max_steps=8, num_train_epochs=1)
     trainer.train()
     logs = train_logs(trainer)
-    assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] == 0.0
+    assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"]
+    # where the reference is the start, nothing is preferred yet
+    assert (logs[0]["rewards/margins"] == 0.0) == (loss not in ("simpo", "orpo"))
     assert all(math.isfinite(line["loss"]) for line in logs)
 
 

@@ -30,7 +30,7 @@ MAIN: dict[str, tuple[str, ...]] = {
         "max_length",
         "truncation_mode",
     ),
-    "DPO": ("loss_type", "beta", "label_smoothing", "average_log_prob"),
+    "DPO": ("loss_type", "beta", "label_smoothing", "loss_weights", "simpo_gamma", "rpo_alpha", "aggregate"),
     "training": (
         "learning_rate",
         "num_train_epochs",

@@ -1,1 +1,1 @@
-"""fastdpo inside the trainers that people already have: one module for each, none imports its peer before it is used."""
+"""fastdpo inside the trainers that people already have: a module for each, none imports its peer before its use."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fastdpo.data.collate import TRUNCATION_MODES, check_truncation
-from fastdpo.losses import check_loss_options
+from fastdpo.losses import LossOptions
+from fastdpo.losses.options import AGGREGATES, F_DIVERGENCES
 
 logger = logging.getLogger(__name__)
 
@@ -104,25 +105,50 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Drop and count bad rows of the dataset instead of stopping at them."},
     )
 
-    # the loss
+    # the loss, under the names of `LossOptions`
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several that are added with `loss_weights`: sigmoid, hinge, ipo."},
+        metadata={"help": "Loss, or several that are added with `loss_weights`; README has the table."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each loss in `loss_type`; unset: 1 each."}
     )
     beta: float = field(
         default=0.1,
-        metadata={"help": "Strength of the pull to the reference, > 0; for ipo this is the paper's tau."},
+        metadata={"help": "Strength of the pull to the reference, > 0; ipo: the paper's tau, orpo: its lambda."},
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata={"help": "Probability that a label is flipped, in [0, 0.5); applied to sigmoid (cDPO)."},
+        metadata={"help": "Probability that a label is flipped, in [0, 0.5); really applied to sigmoid (cDPO)."},
     )
-    average_log_prob: bool = field(
-        default=False,
-        metadata={"help": "Use the mean log-prob of a completion's tokens instead of their sum."},
+    aggregate: str = field(
+        default="sum",
+        metadata={"help": "A completion's log-prob: sum or mean over its tokens.", "choices": list(AGGREGATES)},
+    )
+    reference_free: bool = field(default=False, metadata={"help": "Take the reference's log-probs as 0."})
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference (f-DPO).", "choices": list(F_DIVERGENCES)},
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "alpha of alpha_divergence; 1 is reverse_kl."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop's modulation, > 0."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target reward margin of simpo."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of cpo's likelihood term."})
+    rpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of an added NLL of the chosen answers, a mean over the batch's tokens (RPO)."},
+    )
+    pref_ftx: float = field(
+        default=0.0, metadata={"help": "Weight of an added NLL of the chosen answers, each averaged over its tokens."}
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weigh each pair by its probability under the policy (WPO)."}
+    )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); unset: off."},
     )
 
     def __post_init__(self) -> None:
@@ -130,7 +156,7 @@ class DPOConfig(TrainingArguments):
             self.output_dir = "output"
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        check_loss_options(self.loss_type, self.beta, self.label_smoothing, self.loss_weights)
+        self.loss_options()
         self._check_lengths()
         self._check_schedule()
         self._check_trackers()
@@ -143,6 +169,10 @@ class DPOConfig(TrainingArguments):
         super().__post_init__()
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = 128 if self.device.type == "neuron" else None
+
+    def loss_options(self) -> LossOptions:
+        """The options of the loss, checked."""
+        return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
 
     def _check_lengths(self) -> None:
         check_truncation(self.max_length, self.truncation_mode)

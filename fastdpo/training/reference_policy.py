@@ -23,9 +23,19 @@ class Reference(Protocol):
 
     description: str
 
-    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
         """The (M,) log-probs of `inputs["logprob_targets"]` under the reference, without gradients."""
         ...
+
+
+class NoReference:
+    """For losses that read none: no pass, no second model."""
+
+    def __init__(self, losses: str) -> None:
+        self.description = f"none, since the loss ({losses}) reads none"
+
+    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> None:
+        return None
 
 
 class FrozenModel:
@@ -100,8 +110,13 @@ def make_reference(
     """The reference of a policy that is on its device and not trained yet.
 
     `ref_model` if given (a path is loaded in the policy's dtype); else the base model of a policy with an
-    adapter; else a frozen copy of the policy.
+    adapter; else a frozen copy of the policy. None where no loss reads it.
     """
+    options = args.loss_options()
+    if not options.needs_reference:
+        if ref_model is not None:
+            logger.warning("ref_model is not used: the loss reads no reference.")
+        return NoReference("reference_free" if args.reference_free else ", ".join(options.names))
     if ref_model is None and isinstance(policy, PeftModel):
         warn_if_adapter_is_trained(policy)
         return AdapterOff()

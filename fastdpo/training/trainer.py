@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.formats import normalize_dataset
 from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport, tokenize_dataset
-from fastdpo.losses import PairLogps, preference_loss
+from fastdpo.losses.preference import pair_losses
 from fastdpo.ops.sequence import segment_sum
 from fastdpo.training import metrics
 from fastdpo.training.config import DPOConfig
@@ -31,6 +31,7 @@ from fastdpo.training.models import (
     load_policy,
     load_tokenizer,
 )
+from fastdpo.training.pair_logps import pair_logps
 from fastdpo.training.reference_policy import FrozenModel, make_reference
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,8 @@ class DPOTrainer(SafeCheckpointTrainer):
         self.reference_description = self._reference.description
         if self.args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
+        self._loss_options = args.loss_options()
+        self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
         self._sums = {"train": metrics.MetricSums(), "eval": metrics.MetricSums()}
         self._num_tokens = 0
 
@@ -198,29 +201,16 @@ class DPOTrainer(SafeCheckpointTrainer):
         with self._logprob_forward.installed():
             # the reference goes first: the policy's activations are not in memory yet
             reference = self._reference(cast(Model, self.model), call)
-            policy = model(**call, logprob_stats=STATISTICS)
+            policy = model(**call, logprob_stats=self._statistics)
         offsets = inputs["offsets"].to(policy["logprob"].device)
-        lengths = offsets.diff()
+        logps = pair_logps(policy, reference, offsets, self._loss_options)
+        chosen_len, rejected_len = offsets.diff().chunk(2)
 
         def per_side(token_values: Tensor) -> tuple[Tensor, Tensor]:
             chosen, rejected = segment_sum(token_values, offsets).chunk(2)
             return chosen, rejected
 
-        sums = (*per_side(policy["logprob"]), *per_side(reference.to(offsets.device)))
-        chosen_len, rejected_len = lengths.chunk(2)
-        if self.args.average_log_prob:
-            counts = (chosen_len.clamp(min=1), rejected_len.clamp(min=1)) * 2
-            # without lengths: a loss that divides by them must not do so twice
-            logps = PairLogps(*(total / count for total, count in zip(sums, counts, strict=True)))
-        else:
-            logps = PairLogps(*sums, chosen_len=chosen_len, rejected_len=rejected_len)
-        output = preference_loss(
-            logps,
-            self.args.loss_type,
-            self.args.beta,
-            label_smoothing=self.args.label_smoothing,
-            loss_weights=self.args.loss_weights,
-        )
+        output = pair_losses(logps, self._loss_options)
         loss = output.losses.mean()
         with torch.no_grad():
             statistics = {name: per_side(policy[name].detach().to(loss.dtype)) for name in STATISTICS}

@@ -1,0 +1,23 @@
+"""Preference losses: pure functions of per-sequence log-probs (nats), one loss per pair.
+
+`LOSSES` is the one list of names; the command line, README's table and the tests read it. The same functions serve
+log-probs of any origin, fused or not.
+"""
+
+from fastdpo.losses.catalogue import LOSSES, Loss
+from fastdpo.losses.options import LossOptions
+from fastdpo.losses.pairs import PairLogps, PreferenceOutput
+from fastdpo.losses.preference import preference_loss
+from fastdpo.losses.weights import ld_mask_weights, ld_token_weights, wpo_pair_weights
+
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "LossOptions",
+    "PairLogps",
+    "PreferenceOutput",
+    "ld_mask_weights",
+    "ld_token_weights",
+    "preference_loss",
+    "wpo_pair_weights",
+]
