@@ -1,6 +1,7 @@
 """The losses against hand numbers and identities; the modules against the plain formulas."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastdpo.losses import (
     preference_loss,
     wpo_pair_weights,
 )
+from fastdpo.losses.table import render
 from fastdpo.modules import DPOLoss, FusedLinearDPOLoss
 
 LN2 = math.log(2)
@@ -431,3 +433,10 @@ def test_fused_module_checks_the_reference_at_the_door():
     loss, _ = module(weight.requires_grad_(), hidden, labels, ref_logps=ref_logps)
     loss.backward()
     assert ref_logps.grad is None
+
+
+def test_readme_has_the_table():
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    shown = text.split("<!-- rendered by python -m fastdpo.losses.table -->\n")[1].split("\n<!-- end of losses -->")[0]
+    assert shown == render()
+    assert all(f"| `{name}`" in shown for name in LOSSES)
