@@ -15,6 +15,7 @@ _HOME = {
     "TokenStats": "fastdpo.ops.linear_logprob",
     "logprob": "fastdpo.ops.logprob",
     "sequence_logprob": "fastdpo.ops.sequence",
+    "segment_sum": "fastdpo.ops.sequence",
     "PairLogps": "fastdpo.losses",
     "PreferenceOutput": "fastdpo.losses",
     "LOSSES": "fastdpo.losses",
@@ -34,6 +35,7 @@ __all__ = [
     "TokenStats",
     "logprob",
     "sequence_logprob",
+    "segment_sum",
     "PairLogps",
     "PreferenceOutput",
     "LOSSES",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from fastdpo.modules import DPOLoss, FusedLinearDPOLoss
     from fastdpo.ops.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats
     from fastdpo.ops.logprob import logprob
-    from fastdpo.ops.sequence import sequence_logprob
+    from fastdpo.ops.sequence import segment_sum, sequence_logprob
     from fastdpo.training.config import DPOConfig
     from fastdpo.training.trainer import DPOTrainer
 

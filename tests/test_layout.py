@@ -86,6 +86,7 @@ ALLOWED = {
     "ops": {"kernels"},
     "losses": set(),
     "modules": {"losses", "ops"},
+    "integrations": {"modules", "losses", "ops", "training"},
     "data": set(),
     "demo": {"ops", "losses", "data", "training"},
     "training": {"data", "modules", "losses", "ops"},
