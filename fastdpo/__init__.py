@@ -23,6 +23,7 @@ _HOME = {
     "preference_loss": "fastdpo.losses",
     "DPOLoss": "fastdpo.modules",
     "FusedLinearDPOLoss": "fastdpo.modules",
+    "patch_trl": "fastdpo.integrations.trl",
     "DPOConfig": "fastdpo.training.config",
     "DPOTrainer": "fastdpo.training.trainer",
     "DataCollatorForPreference": "fastdpo.data.collate",
@@ -43,6 +44,7 @@ __all__ = [
     "preference_loss",
     "DPOLoss",
     "FusedLinearDPOLoss",
+    "patch_trl",
     "DPOConfig",
     "DPOTrainer",
     "DataCollatorForPreference",
@@ -50,6 +52,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastdpo.data.collate import DataCollatorForPreference
+    from fastdpo.integrations.trl import patch_trl
     from fastdpo.losses import LOSSES, LossOptions, PairLogps, PreferenceOutput, preference_loss
     from fastdpo.modules import DPOLoss, FusedLinearDPOLoss
     from fastdpo.ops.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats

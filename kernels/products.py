@@ -128,5 +128,6 @@ def grid(hidden: Tensor, weight: Tensor, config: GemmConfig) -> tuple[int]:
 
 
 def _fits_descriptor(x: Tensor) -> bool:
-    """The hardware's rule: the address and the row stride are multiples of 16 bytes."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """The hardware's rule: the address and the row stride are multiples of 16 bytes; rows do not overlap."""
+    row, column = x.stride()
+    return column == 1 and row >= x.shape[1] and x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0

@@ -1,4 +1,8 @@
-"""Shared fixtures. Triton's interpreter is switched on before anything imports a kernel, where no GPU is there."""
+"""Shared fixtures. Triton's interpreter is switched on before anything imports a kernel.
+
+On a GPU there are two runs, since a process either interprets kernels or compiles them: `pytest` interprets and leaves
+the gpu tests out, `pytest -m gpu` compiles and runs nothing else.
+"""
 
 import os
 from pathlib import Path
@@ -7,8 +11,6 @@ import pytest
 import torch
 import torch.utils._device
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -72,8 +74,14 @@ def _repair_interpreter() -> None:
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    _repair_interpreter()
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.option.markexpr.replace(" ", "")
+    if chosen == "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "0")
+    else:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1":
+        _repair_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,8 @@ def test_the_plan_is_the_ops_own(dtype, backend, gemm, train, softcap, monkeypat
     needs = doctor_plan.NEEDS[train]
     hidden = torch.zeros(n, h, dtype=getattr(torch, dtype), requires_grad=needs.hidden)
     weight = torch.zeros(v, h, dtype=hidden.dtype, requires_grad=needs.weight)
-    own = linear_logprob_plan(hidden, weight, torch.zeros(n, dtype=torch.int64), softcap=softcap)
+    labels, rows = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+    own = linear_logprob_plan(hidden, weight, labels, rows=rows, softcap=softcap)
     assert own.fused == (gemm == "triton" and dtype == "bfloat16")
     assert (found["backend"], found["path"], found["tile"]) == (backend, own.path, [own.rows, own.cols])
     assert found["gemm"] == ("fused" if own.fused else "torch.mm")

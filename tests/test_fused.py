@@ -1,6 +1,6 @@
 """The fused kernels on 16-bit operands: the regressions of the op again, and what only they have.
 
-They are interpreted here (real GPUs run them as they are). Truth is float64 on the same rounded operands.
+They are interpreted here; test_gpu.py runs them on a GPU. Truth is float64 on the same rounded operands.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton exists for Linux only")
 
-from fastdpo.kernels import configs
+from fastdpo.kernels import configs, fused_dlogits, fused_fold
 from fastdpo.ops import function, fused, plan, reference
 from fastdpo.ops.linear_logprob import linear_logprob, linear_logprob_plan, linear_logprob_stats
 
@@ -142,18 +142,29 @@ TILES = {
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("h", [24, 37], ids=["aligned", "odd"])
-def test_every_form_of_the_kernel(tile, h, monkeypatch):
+@pytest.mark.parametrize(("h", "v"), [(24, 203), (24, 208), (37, 203)], ids=["aligned", "aligned, whole blocks", "odd"])
+def test_every_form_of_the_kernel(tile, h, v, monkeypatch):
     monkeypatch.setenv("FASTDPO_KEEP_MB", "0")
-    n, v = 37, 203
+    n = 37
     hidden, weight, labels = (x.clone() for x in inputs(n, h, v, torch.bfloat16))
     bias, up = torch.zeros(v).bfloat16(), torch.linspace(-1, 1, n)
-    descriptors = []
-    whole = fused.fused_fold
-    monkeypatch.setattr(fused, "fused_fold", lambda *a, **k: (descriptors.append(a[7].tma), whole(*a, **k)))
+    launched = {"fold": set(), "dlogits": set()}
+    prepare = fused_fold.operands
+
+    def spy(name):
+        def operands(*arguments, **options):
+            found = prepare(*arguments, **options)
+            launched[name].add(found.constants["TMA"])
+            return found
+
+        return operands
+
+    monkeypatch.setattr(fused_fold, "operands", spy("fold"))
+    monkeypatch.setattr(fused_dlogits, "operands", spy("dlogits"))
     with configs.override(TILES[tile]):
         found = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b), hidden, weight, bias, up)
-    assert set(descriptors) == {TILES[tile].tma}
+    # rows of an odd length do not start at multiples of 16 bytes: no descriptors for them
+    assert launched == {name: {TILES[tile].tma and h % 8 == 0} for name in launched}
     truth = run(
         lambda h, w, b: reference.linear_logprob(h, w, labels, bias=b),
         hidden.to(F64),

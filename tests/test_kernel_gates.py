@@ -6,7 +6,7 @@ import pytest
 
 from fastdpo.ops import ahead_of_time
 
-KERNELS = 30
+KERNELS = 32
 FUSED_MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
 FUSED_ASYNC = {"sm_80": "cp.async", "sm_90": "TMA", "sm_100": "TMA", "gfx942": ""}
 
@@ -24,7 +24,8 @@ def test_every_kernel_compiles_without_spills(target):
         assert not row.get("serialized"), row
         if row["kernel"].startswith("fused"):
             assert row["matrix"] == FUSED_MATRIX[target], row
-            assert row["async"] == FUSED_ASYNC[target], row
+            # rows of an odd length have no descriptors, and loads of 2 bytes no asynchronous copies
+            assert row["async"] == ("" if " odd" in row["kernel"] else FUSED_ASYNC[target]), row
     assert len({row["kernel"] for row in rows}) == len(rows) == KERNELS
 
 

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastdpo.ops import call, reference
 from fastdpo.ops.linear_logprob import linear_logprob, linear_logprob_plan, linear_logprob_stats
@@ -583,6 +584,43 @@ def test_the_triton_backend_runs_triton(monkeypatch):
     monkeypatch.setenv("FASTDPO_BACKEND", "triton")
     linear_logprob(hidden, weight, labels).sum().backward()
     assert launched == ["fold", "dlogits"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_inside_a_checkpoint(backend, trained, reentrant):
+    """What is saved is unpacked once: a second time a non-reentrant checkpoint refuses."""
+    hidden, weight, labels = planted(9, 16, 60, torch.float32)
+
+    def run(wrap) -> list[Tensor]:
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained)]
+        out = wrap(lambda h: linear_logprob(h, leaves[1], labels), leaves[0])
+        out.sum().backward()
+        return [x.grad for x in leaves if x.grad is not None]
+
+    plain = run(lambda op, h: op(h))
+    found = run(lambda op, h: checkpoint(op, h, use_reentrant=reentrant))
+    assert len(found) == 1 + trained
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_precision_switches_are_left_as_they_were_found():
+    """An inherited value goes on being inherited, one set by hand stays."""
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    if switch is None or not hasattr(switch, "fp32_precision"):
+        pytest.skip(f"torch {torch.__version__} has no such switch")
+    arguments = planted(9, 64, 300, torch.float32)
+    try:
+        torch.backends.fp32_precision = "tf32"
+        linear_logprob(*arguments)
+        assert switch.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert switch.fp32_precision == "ieee"
+        switch.fp32_precision = "bf16"
+        linear_logprob(*arguments)
+        assert switch.fp32_precision == "bf16"
+    finally:
+        switch.fp32_precision = torch.backends.fp32_precision = "none"
 
 
 def test_fp32_stays_fp32_whatever_the_global_precision(backend):

@@ -73,13 +73,13 @@ def peak_of(run) -> int:
     ("needs", "keep", "options"),
     [
         ((0, 0, 0), "0", {}),
-        ((0, 0, 0), "0", {"stats": ("entropy", "is_top1", "mean_logit", "lse")}),
+        ((0, 0, 0), "0", {"stats": ("entropy", "is_top1", "mean_logit", "lse", "log_sum_sq_probs")}),
         ((1, 0, 0), "0", {}),
         ((1, 0, 0), "0", {"softcap": 20.0}),
         ((1, 1, 0), "0", {}),
         ((1, 1, 1), "1024", {}),
         ((0, 1, 1), "1024", {"softcap": 20.0}),
-        ((1, 1, 0), "0", {"stats": ("entropy", "is_top1", "mean_logit", "lse")}),
+        ((1, 1, 0), "0", {"stats": ("entropy", "is_top1", "mean_logit", "lse", "log_sum_sq_probs")}),
     ],
     ids=["stats", "all_stats", "frozen", "softcap", "recompute", "kept", "kept_softcap", "recompute_all_stats"],
 )
@@ -147,6 +147,65 @@ def test_peak_is_as_predicted_in_odd_cases(n, h, v, workspace, rows, dtype, trai
     weight.grad = None
     peak = peak_of(step)
     assert peak <= plan.peak_bytes, f"peak {peak / MIB:.2f} MiB, predicted {plan.peak_bytes / MIB:.2f}"
+
+
+@pytest.mark.parametrize("keep", ["0", "1024"], ids=["recompute", "kept"])
+@pytest.mark.parametrize("rows", [False, True], ids=["all", "rows"])
+def test_peak_under_autocast_is_as_predicted(keep, rows, monkeypatch):
+    """fp32 parameters in 16-bit products: one rounded copy of each operand's block, not two."""
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "1")
+    monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
+    hidden, weight = torch.randn(96, 256), torch.randn(1500, 256, requires_grad=True)
+    labels = torch.randint(0, 1500, (96,))
+    options = {"rows": torch.randperm(96)} if rows else {}
+
+    def step():
+        leaf = hidden.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            linear_logprob(leaf, weight, labels, **options).sum().backward()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = linear_logprob_plan(hidden.requires_grad_(), weight, labels, **options)
+    step()
+    weight.grad = None
+    peak = peak_of(step)
+    assert peak <= plan.peak_bytes, f"peak {peak / MIB:.2f} MiB, predicted {plan.peak_bytes / MIB:.2f}"
+
+
+def test_peak_where_only_a_lora_is_trained(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "2")
+    hidden, weight = torch.randn(300, 256).bfloat16(), torch.randn(3000, 256).bfloat16()
+    u, b = torch.randn(300, 8, requires_grad=True), torch.randn(3000, 8)
+    labels = torch.randint(0, 3000, (300,))
+    plan = linear_logprob_plan(hidden, weight, labels, lora=(u, b))
+
+    def step():
+        u.grad = None
+        linear_logprob(hidden, weight, labels, lora=(u, b)).sum().backward()
+
+    step()
+    u.grad = None
+    peak = peak_of(step)
+    assert peak <= plan.peak_bytes, f"peak {peak / MIB:.2f} MiB, predicted {plan.peak_bytes / MIB:.2f}"
+
+
+def test_a_torch_that_cannot_add_in_its_product_takes_one_more_block():
+    wide, spare = (make_plan(shape(spare=x), Needs(hidden=True, weight=True), 64 * MIB, 0) for x in (False, True))
+    assert spare.flops == wide.flops
+    assert spare.workspace <= 64 * MIB
+    assert spare.cols <= wide.cols
+
+
+def test_many_picked_rows_come_in_parts_and_are_counted():
+    """What a trained head takes on top of the budget: one copy of the picked or rounded rows, in the compute dtype."""
+    s = {"n": 16384, "h": 4096}
+    on_top = s["n"] * s["h"] * 2
+    for change in ({"gathered": True}, {"hidden": 4, "weight": 4}, {"gathered": True, "hidden": 4, "weight": 4}):
+        plan = make_plan(shape(**s, **change), Needs(hidden=True, weight=True), 64 * MIB, 0)
+        assert plan.back_rows == s["n"]
+        assert plan.workspace <= 64 * MIB + on_top + 48 * MIB, change
 
 
 def test_budgets_come_from_the_environment(monkeypatch):

@@ -87,6 +87,7 @@ def answer(question: Question, train: str) -> dict[str, Any]:
         h=question.h,
         v=question.v,
         source_rows=question.n,
+        gathered=True,  # as the trainer calls it, with rows
         compute=dtype.itemsize,
         acc=acc,
         hidden=dtype.itemsize,

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,7 @@ def _fused_builds(target: str) -> dict[str, Build]:
             (
                 ("stats", ()),
                 ("write", ("WRITE",)),
+                ("odd write", ("WRITE",)),
                 ("all stats", _STATS),
                 ("no softcap", ("LORA", "BIAS", *_STATS, "WRITE")),
                 ("everything", (*options, *_STATS, "WRITE")),
@@ -139,7 +140,7 @@ def _fused_builds(target: str) -> dict[str, Build]:
         for name, on in forms:
             partials = dict.fromkeys(("offset_ptr", "m_ptr", "s_ptr", "t_ptr", "sq_ptr", "zsum_ptr", "zy_ptr"), "*fp32")
             flags = _flags((*options, *_STATS, "WRITE"), on)
-            fold = configs.fold_config(target, softcap=flags["CAP"])
+            fold = _odd(configs.fold_config(target, softcap=flags["CAP"]), name)
             found[f"fused_fold {x_type} {name}"] = _fused_build(
                 fused_fold._fused_fold_kernel,
                 fold,
@@ -148,13 +149,26 @@ def _fused_builds(target: str) -> dict[str, Build]:
                 partials,
                 {"stride_p": "i32"},
                 {**flags, "WINDOW": 8.0},
+                even=not name.startswith("odd"),
             )
-    for name, on in (("plain", ()), ("everything", options)):
+    for name, on in (("plain", ()), ("odd", ()), ("everything", options)):
         rows = dict.fromkeys(("m_ptr", "others_ptr", "target_ptr"), "*fp32")
         found[f"fused_dlogits bf16 {name}"] = _fused_build(
-            fused_dlogits._fused_dlogits_kernel, dlogits, "bf16", "d", rows, {"slope": "fp32"}, _flags(options, on)
+            fused_dlogits._fused_dlogits_kernel,
+            _odd(dlogits, name),
+            "bf16",
+            "d",
+            rows,
+            {"slope": "fp32"},
+            _flags(options, on),
+            even=name != "odd",
         )
     return found
+
+
+def _odd(config: Any, name: str) -> Any:
+    """What runs where rows do not start at multiples of 16 bytes: pointers, for the builds named so."""
+    return replace(config, tma=False) if name.startswith("odd") else config
 
 
 def _fused_build(
@@ -165,6 +179,7 @@ def _fused_build(
     vectors: Mapping[Any, str],
     scalars: dict[str, str],
     flags: Mapping[str, Any],
+    even: bool = True,
 ) -> Build:
     strides = tuple(f"stride_{name}" for name in ("h", "w", "u", "b", out))
     sizes = dict.fromkeys(("n_rows", "n_cols", "depth", "rank", *strides), "i32")
@@ -174,8 +189,8 @@ def _fused_build(
     types = {name: f"tensordesc<{x_type}[{a},{b}]>" if config.tma else f"*{x_type}" for name, (a, b) in large.items()}
     types |= {"u_ptr": f"*{x_type}", "b_ptr": f"*{x_type}", "local_ptr": "*i64", "bias_ptr": "*fp32"}
     constants = {"BM": rows, "BV": cols, "BK": k, "BR": 16 if flags["LORA"] else k, "GROUP": config.group}
-    constants |= {"TMA": config.tma, "EVEN": True, "BRANCH": config.branch, **flags}
-    aligned = ("depth", *strides)
+    constants |= {"TMA": config.tma, "EVEN": even, "BRANCH": config.branch, **flags}
+    aligned = ("depth", *strides) if even else ()
     return Build(
         kernel, {**types, **vectors, **sizes, **numbers, **scalars}, constants, config.warps, config.stages, aligned
     )

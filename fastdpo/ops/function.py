@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdpo.ops import head_gradient, tiled
 from fastdpo.ops.custom_op import Implementation, differentiable_op, gradient_op, inside
+from fastdpo.ops.gemm import adds_in_gemm
 from fastdpo.ops.plan import Needs, Plan, Shape, make_plan, route
 from fastdpo.ops.tiles import Logits, TileOps, TorchTiles
 
@@ -103,6 +104,7 @@ def shape_of(
         fused=settings.fused > 0,
         block_cols=settings.fused,
         rank=rank,
+        spare=device.type == "cuda" and settings.compute != settings.acc and not adds_in_gemm(),
         partials=2 + len(stats & {"entropy", "log_sum_sq_probs", "mean_logit"}),
     )
 
@@ -202,8 +204,8 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None], gradients: Implementa
     up_entropy = upstream[result_names(settings).index("entropy")] if needs.entropy else None
     found: Sequence[Tensor] = ()
     if up is not None or up_entropy is not None:
-        *arguments, entropy, saved = *ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
-        found = gradients(up, up_entropy, *arguments, entropy, saved, list(ctx.sizes), *ctx.dtypes, *settings)
+        tensors = ctx.saved_tensors  # once: a non-reentrant checkpoint unpacks a tensor no second time
+        found = gradients(up, up_entropy, *tensors[:8], list(tensors[8:]), list(ctx.sizes), *ctx.dtypes, *settings)
     wanted = iter(found)
     tensors = (needs.hidden, needs.weight, needs.bias, needs.lora_hidden, needs.lora_weight)
     by_argument = (next(wanted, None) if need else None for need in tensors)

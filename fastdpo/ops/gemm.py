@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,25 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, compute: torch.dtype, *, add: boo
     if entering == out.dtype:
         with _precision(a.device, compute):
             return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if add:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    with _full_accumulation(compute, reductions=False):
+        if add and not adds_in_gemm():
+            return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        if add:
+            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def mm_rounded(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`out = a @ b` in one 16-bit dtype, accumulated in fp32 and rounded once (see `rounds_in_gemm`)."""
+    with _full_accumulation(a.dtype, reductions=True) if a.device.type == "cuda" else nullcontext():
+        return torch.mm(a, b, out=out)
+
+
+@cache
+def adds_in_gemm() -> bool:
+    """torch.addmm adds a product of 16-bit operands to an fp32 tensor: on CUDA from 2.10 on."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 10)
 
 
 def mm_sum(out: Tensor, a: Tensor, wide: Tensor, stored: Tensor, compute: torch.dtype, *, add: bool = False) -> None:
@@ -88,6 +105,12 @@ def _cpu_precision(compute: torch.dtype) -> Iterator[None]:
         yield
         return
     wanted = "bf16" if compute == torch.bfloat16 and _has_bf16_units() else "ieee"
+    with _fp32_precision(switch, wanted):
+        yield
+
+
+@contextmanager
+def _fp32_precision(switch: Any, wanted: str) -> Iterator[None]:
     with _SWITCH:
         before = switch.fp32_precision
         # "none" is full precision too; the switch is left alone then, for any other thread's sake
@@ -98,18 +121,42 @@ def _cpu_precision(compute: torch.dtype) -> Iterator[None]:
             yield
         finally:
             if changes:
-                switch.fp32_precision = before
+                switch.fp32_precision = "none"  # reads as the parent's from now on
+                if switch.fp32_precision != before:
+                    switch.fp32_precision = before
+
+
+def _cuda_full_fp32() -> AbstractContextManager[None]:
+    """fp32 in means fp32: no TF32, whatever `set_float32_matmul_precision` says."""
+    switch = torch.backends.cuda.matmul
+    if hasattr(switch, "fp32_precision"):
+        return _fp32_precision(switch, "ieee")
+    return _without(("allow_tf32",))
+
+
+def _full_accumulation(compute: torch.dtype, reductions: bool) -> AbstractContextManager[None]:
+    """cuBLAS sums in fp32: no fp16 accumulators and, with `reductions`, no split sums rounded to the result's dtype."""
+    names = ()
+    if compute == torch.float16:
+        names = ("allow_fp16_accumulation", *["allow_fp16_reduced_precision_reduction"] * reductions)
+    elif reductions:
+        names = ("allow_bf16_reduced_precision_reduction",)
+    return _without(names) if names else nullcontext()
 
 
 @contextmanager
-def _cuda_full_fp32() -> Iterator[None]:
-    """fp32 in means fp32: no TF32, whatever `set_float32_matmul_precision` says."""
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """Some of `torch.backends.cuda.matmul`'s permissions are withdrawn meanwhile."""
     switch = torch.backends.cuda.matmul
-    name, full = ("fp32_precision", "ieee") if hasattr(switch, "fp32_precision") else ("allow_tf32", False)
     with _SWITCH:
-        before = getattr(switch, name)
-        setattr(switch, name, full)
+        given = [name for name in names if getattr(switch, name, False)]
+        before = {}
+        for name in given:
+            split = getattr(switch, f"{name}_split_k", None)
+            before[name] = True if split is None else (True, split)
+            setattr(switch, name, False if split is None else (False, split))
         try:
             yield
         finally:
-            setattr(switch, name, before)
+            for name, value in before.items():
+                setattr(switch, name, value)

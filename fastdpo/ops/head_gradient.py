@@ -9,8 +9,8 @@ row's number times an exponential, at the target another number.
 import torch
 from torch import Tensor
 
-from fastdpo.ops.gemm import mm_into, rounds_in_gemm
-from fastdpo.ops.plan import Needs, Plan
+from fastdpo.ops.gemm import mm_into, mm_rounded, rounds_in_gemm
+from fastdpo.ops.plan import Needs, Plan, aligned
 from fastdpo.ops.tiled import Head, Saved, Tokens, blocks, products
 from fastdpo.ops.tiles import NEG, Logits, RowGradient, TileOps, curve_of
 
@@ -61,7 +61,7 @@ class _MatrixGradient:
         """Rows of x in the dtype that the product takes; kept where they are all rows."""
         if self.all is not None:
             return self.all
-        chosen = self.tokens.pick(self.x, block).to(self.head.compute).to(self.dtype)
+        chosen = self.tokens.rounded(self.x, block, self.head.compute).to(self.dtype)
         self.all = chosen if self.whole else None
         return chosen
 
@@ -69,7 +69,7 @@ class _MatrixGradient:
         """Adds d^T @ x; `operand` holds these rows of x already, perhaps in another dtype."""
         x = operand if operand is not None and operand.dtype == self.dtype else self.operand(block)
         if self.once:
-            torch.mm(d.to(self.head.compute).t(), x, out=self.out[columns])
+            mm_rounded(self.out[columns], d.to(self.head.compute).t(), x)
         else:
             mm_into(self.sums[: d.shape[1]], d.t(), x, self.head.compute, add=block.start > 0)
 
@@ -93,11 +93,11 @@ def _by_tiles(
     labels, n, v, device, acc = tokens.labels, len(tokens.labels), len(head.weight), tokens.hidden.device, head.acc
     rows, cols, recompute = plan.back_rows, plan.back_cols, saved.kept is None
     d_dtype = head.compute if plan.fused else tiles.e_dtype(head.compute, acc)
-    d_space = torch.empty((rows, cols), dtype=d_dtype, device=device)
+    d_space = torch.empty((rows, aligned(cols) if plan.fused else cols), dtype=d_dtype, device=device)
     same = plan.fused or not recompute or (d_dtype == acc and row.entropy is None)
     z_space = d_space if same else torch.empty_like(d_space, dtype=acc)
     wide = not plan.fused
-    w_space = head.space(cols) if recompute and wide else None
+    w_space = head.space(cols, wide) if recompute else None
     operand = lora = weight = bias = lora_weight = None
     for index, columns in enumerate(blocks(v, cols)):
         width = columns.stop - columns.start
@@ -110,6 +110,7 @@ def _by_tiles(
             d, label, part = d_space[:size, :width], labels[block] - columns.start, row.part(block)
             if weight is not None:
                 if operand is None or n > rows:
+                    operand = lora = None  # the last block's
                     operand, lora = tokens.operand(block, head, wide), tokens.lora_operand(block, head, wide)
                 if plan.fused:
                     _fused_dlogits(operand, weight, lora, lora_weight, label, bias, part, how, d)

@@ -51,8 +51,9 @@ def linear_logprob(
     """`log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[label]`, in nats.
 
     Accurate to fp32 whatever the operands' dtype (float64 in, float64 out), in bounded memory
-    (FASTDPO_WORKSPACE_MB, if a tile of 16 x 128 fits), bit-identical from run to run. Under autocast hidden and weight
-    are rounded to the autocast dtype, as `F.linear` would; nothing else is.
+    (FASTDPO_WORKSPACE_MB, if a tile of 16 x 128 fits; a head trained on `rows` or under autocast takes one copy of the
+    scored hidden states on top), bit-identical from run to run. Under autocast hidden and weight are rounded to the
+    autocast dtype, as `F.linear` would; nothing else is.
 
     Args:
         hidden: (..., H), the final hidden states; float32, bfloat16, float16 or float64.

@@ -90,6 +90,7 @@ class Shape:
         curved: there is a softcap.
         fused: product and fold are one kernel, which leaves `partials` numbers per row and `block_cols` columns.
         rank: of a LoRA on the head, 0 without one.
+        spare: a product is made before it is added (see `gemm.adds_in_gemm`).
     """
 
     n: int
@@ -109,6 +110,7 @@ class Shape:
     block_cols: int = COL_QUANTUM
     partials: int = 2
     rank: int = 0
+    spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: in
     flops = 2 * shape.n * shape.v * (shape.h * main + shape.rank * lora)
 
     writes = path != "stats" and path != "kept" if shape.fused else True
-    forward = forward_workspace(shape, rows, cols, needs.directions, writes) + _lora_workspace(shape, rows, cols)
+    directions = max(needs.directions, int(needs.lora_directions > 0))  # a LoRA's u takes the same copies
+    forward = forward_workspace(shape, rows, cols, directions, writes) + _lora_workspace(shape, rows, cols)
     scale = 2 * rows * shape.h * shape.acc if needs.hidden else 0  # a block of scaled directions
     backward = scale
     if needs.head:
@@ -239,7 +242,7 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int, write
     """Bytes of a forward tile, its operands' copies and the accumulators."""
     if shape.fused:
         partials = rows * _cdiv(shape.v, shape.block_cols) * shape.partials * shape.acc
-        size = partials + rows * cols * shape.compute * int(writes)
+        size = partials + rows * aligned(cols) * shape.compute * int(writes)
     else:
         size = rows * cols * shape.acc * (1 + shape.extra_tiles)
     if shape.widened:
@@ -253,6 +256,7 @@ def forward_workspace(shape: Shape, rows: int, cols: int, directions: int, write
     if directions:
         # the target's row of W: as stored, rounded, widened
         size += rows * shape.h * (shape.acc + shape.weight + shape.compute)
+        size += rows * shape.h * shape.acc * shape.spare
     return size + rows * 32 * shape.acc
 
 
@@ -260,13 +264,13 @@ def backward_workspace(shape: Shape, rows: int, cols: int) -> int:
     """Bytes of a backward tile, its operands' copies and, where rows come in blocks, one vocabulary block of dW."""
     size = 0 if shape.fused else rows * cols * shape.acc * (1 + shape.extra_tiles)
     if shape.widened or rows < shape.n:
-        size += cols * shape.h * shape.acc
+        size += cols * shape.h * shape.acc * (1 + shape.spare)
     if shape.widened:
         size += _copies(shape) * (rows + cols) * shape.h * shape.acc
         # oneDNN's own bf16 copies of the operands of tile^T @ hidden
         size += _copies(shape) * (rows * cols * 2 + max(rows, 64) * shape.h * 4 + ONEDNN_SCRATCH)
     elif shape.compute != shape.acc:
-        size += rows * cols * shape.compute
+        size += rows * (aligned(cols) if shape.fused else cols) * shape.compute
     return size + _casts(shape, rows, cols) + rows * 32 * shape.acc + cols * 2 * shape.acc
 
 
@@ -276,17 +280,25 @@ def _copies(shape: Shape) -> int:
 
 def _lora_workspace(shape: Shape, rows: int, cols: int) -> int:
     """Operands, sums and target rows of a LoRA on the head, of which no tile depends."""
-    return shape.rank * (2 * cols + 6 * rows) * shape.acc
+    again = rows * cols * shape.acc if shape.spare and shape.rank and not shape.fused else 0
+    return shape.rank * (2 * cols + 6 * rows) * shape.acc + again
 
 
 def _casts(shape: Shape, rows: int, cols: int) -> int:
     """Gathered hidden rows, and operands rounded to the compute dtype first (autocast over fp32 weights)."""
-    size = rows * shape.h * shape.hidden if shape.gathered else 0
-    if shape.hidden != shape.compute:
+    rounded = shape.hidden != shape.compute
+    # rounded rows are picked a few at a time
+    size = (min(rows, MAX_ROWS) if rounded else rows) * shape.h * shape.hidden if shape.gathered else 0
+    if rounded:
         size += rows * shape.h * shape.compute
     if shape.weight != shape.compute:
         size += cols * shape.h * shape.compute
     return size
+
+
+def aligned(columns: int) -> int:
+    """Columns of a 16-bit tile whose rows start at multiples of 16 bytes, as TMA wants them."""
+    return _cdiv(columns, 8) * 8
 
 
 def _cdiv(a: int, b: int) -> int:

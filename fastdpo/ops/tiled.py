@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdpo.ops.directions import Directions
 from fastdpo.ops.gemm import mm_into, rounds_in_gemm, widen
-from fastdpo.ops.plan import Needs, Plan
+from fastdpo.ops.plan import MAX_ROWS, Needs, Plan, aligned
 from fastdpo.ops.tiles import NEG, Logits, RowState, TileOps, softplus
 
 if TYPE_CHECKING:
@@ -70,17 +70,19 @@ class Head:
     lora: Tensor | None = None
     lora_compute: torch.dtype = torch.float32
 
-    def space(self, columns: int) -> Tensor | None:
-        """Memory for `block`'s copy of the weight, where it makes one."""
-        if self.weight.device.type == "cuda" or self.weight.dtype == self.compute == self.acc:
+    def space(self, columns: int, wide: bool = True) -> Tensor | None:
+        """Memory for `block`'s copy of the weight, where it makes one; not `wide`: in the compute dtype everywhere."""
+        device = self.weight.device
+        dtype = self.acc if wide and device.type != "cuda" else self.compute
+        if self.weight.dtype == self.compute == dtype:
             return None
-        return torch.empty((columns, self.weight.shape[1]), dtype=self.acc, device=self.weight.device)
+        return torch.empty((columns, self.weight.shape[1]), dtype=dtype, device=device)
 
     def block(self, columns: slice, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (c, H) as an operand, and the bias (c,), of some columns of the logits."""
-        weight = self.weight[columns].to(self.compute)
+        weight = self.weight[columns]
         if space is not None:
-            weight = space[: len(weight)].copy_(weight)
+            weight = space[: len(weight)].copy_(weight if space.dtype == self.compute else weight.to(self.compute))
         return weight, None if self.bias is None else self.bias[columns].to(self.acc).contiguous()
 
     def lora_block(self, columns: slice, wide: bool = True) -> Tensor | None:
@@ -104,7 +106,7 @@ class Tokens:
 
     def operand(self, block: slice, head: Head, wide: bool = True) -> Tensor:
         """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""
-        return _operand(self.pick(self.hidden, block), head.compute, head.acc, wide)
+        return _operand(self.rounded(self.hidden, block, head.compute), head.compute, head.acc, wide)
 
     def lora_operand(self, block: slice, head: Head, wide: bool = True) -> Tensor | None:
         """The same tokens' rows of the LoRA's u."""
@@ -117,8 +119,19 @@ class Tokens:
         chosen = x[block] if self.rows is None else x.index_select(0, self.rows[block])
         if self.ignored:
             # a masked-out position may hold NaN, and 0 * NaN is none of ours
-            chosen = chosen.masked_fill((self.labels[block] < 0)[:, None], 0.0)
+            out = (self.labels[block] < 0)[:, None]
+            chosen = chosen.masked_fill(out, 0.0) if self.rows is None else chosen.masked_fill_(out, 0.0)
         return chosen
+
+    def rounded(self, x: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
+        """`pick` in another dtype: where rows are many, the copy in x's own dtype exists for some of them at a time."""
+        n = block.stop - block.start
+        if x.dtype == dtype or n <= MAX_ROWS:
+            return self.pick(x, block).to(dtype)
+        found = torch.empty((n, x.shape[1]), dtype=dtype, device=x.device)
+        for part in blocks(n, MAX_ROWS):
+            found[part] = self.pick(x, slice(block.start + part.start, block.start + part.stop))
+        return found
 
 
 def _operand(x: Tensor, compute: torch.dtype, acc: torch.dtype, wide: bool) -> Tensor:
@@ -145,7 +158,7 @@ def forward(
         bases = torch.empty((-(-v // plan.cols), n), dtype=acc, device=device)
 
     wide = not plan.fused
-    w_space = head.space(plan.cols) if wide else None
+    w_space = head.space(plan.cols, wide)
     for block in blocks(n, plan.rows):
         size = block.stop - block.start
         operand, lora = tokens.operand(block, head, wide), tokens.lora_operand(block, head, wide)
@@ -220,7 +233,7 @@ def _tile_space(tiles: TileOps, head: Head, how: Logits, plan: Plan, device: tor
     z_space = torch.empty((rows, plan.cols), dtype=head.acc, device=device)
     if plan.fused:
         rows = 0 if plan.path in ("stats", "kept") else plan.rows
-        return z_space, torch.empty((rows, plan.cols), dtype=head.compute, device=device)
+        return z_space, torch.empty((rows, aligned(plan.cols)), dtype=head.compute, device=device)
     e_dtype = tiles.e_dtype(head.compute, head.acc)
     same = e_dtype == head.acc and "entropy" not in how.stats
     return z_space, z_space if same else torch.empty_like(z_space, dtype=e_dtype)

@@ -163,7 +163,7 @@ class TorchTiles:
             state.t.add_(state.s * state.drop).mul_(state.ratio).add_(z.sum(1))
         state.s.mul_(state.ratio).add_(e.sum(1))
         if state.sq is not None:
-            state.sq.mul_(state.ratio).mul_(state.ratio).add_(torch.linalg.vecdot(e, e))
+            state.sq.mul_(state.ratio).mul_(state.ratio).add_(torch.linalg.vector_norm(e, dim=1).square_())
         state.m.copy_(top)
         if curve is not None:
             e.mul_(curve)

@@ -34,6 +34,8 @@ def head_parts(head: nn.Module) -> HeadParts | str:
     """
     if isinstance(head, ModulesToSaveWrapper):
         return _saved_module(head)
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "a layer with forward hooks, which only a call of it runs"
     if type(head) is nn.Linear:
         return HeadParts(head)
     if type(head) is not LoraLinear:
