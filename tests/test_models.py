@@ -89,8 +89,7 @@ def test_log_probs_equal_those_of_the_model_s_own_logits(name: str) -> None:
     model = ARCHITECTURES[name]().double().eval()
     inputs = batch()
     patched = LogprobForward(model)
-    assert patched.direct
-    patched.check()
+    assert patched.route == "head"
     wanted = own_logprobs(model, inputs)
     with patched.installed():
         output = model(**inputs, logprob_stats=STATISTICS)
@@ -103,7 +102,7 @@ def test_log_probs_equal_those_of_the_model_s_own_logits(name: str) -> None:
     torch.testing.assert_close(output["mean_logit"].double(), logits.mean(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_an_architecture_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
+def test_where_logits_are_changed_in_an_unknown_way_the_model_s_own_are_taken(caplog: Any) -> None:
     class Odd(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
@@ -111,8 +110,17 @@ def test_an_architecture_that_changes_its_logits_in_an_unknown_way_is_refused() 
             return output
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="Odd computes its logits in a way"):
-        LogprobForward(Odd(LlamaConfig(**SIZES))).check()
+    model = Odd(LlamaConfig(**SIZES)).double().eval()
+    patched = LogprobForward(model)
+    assert patched.route == "model"
+    assert "Odd computes its logits in a way" in caplog.text
+    inputs = batch()
+    with patched.installed():
+        output = model(**inputs, logprob_stats=STATISTICS)
+    torch.testing.assert_close(output["logprob"], own_logprobs(model, inputs), rtol=1e-9, atol=1e-9)
+    assert set(output) == {"logprob", *STATISTICS}
+    output["logprob"].sum().backward()
+    assert model.lm_head.weight.grad is not None
 
 
 def test_forward_is_what_was_found_and_keeps_its_signature() -> None:
@@ -150,7 +158,7 @@ def test_adapters_on_the_head_are_trained(name: str, caplog: pytest.LogCaptureFi
                 parameter.add_(0.05 * torch.randn_like(parameter))
     inputs = batch()
     patched = LogprobForward(model)
-    assert patched.direct == (said is None)
+    assert patched.route == ("head" if said is None else "module")
     lines = [line for line in caplog.messages if "so the logits of the scored tokens are built" in line]
     assert [f"the head is {said}, not" in line for line in lines] == ([True] if said else [])
 

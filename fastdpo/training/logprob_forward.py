@@ -47,9 +47,12 @@ class LogprobForward:
     """Gives a causal LM a forward call that returns log-probs, while `installed()`.
 
     `model(input_ids=..., attention_mask=..., logprob_rows=(M,), logprob_targets=(M,), logprob_stats=())` then
-    returns `{"logprob": (M,) fp32, ...}` with one (M,) tensor for each statistic asked for. A head that is a
-    linear layer, perhaps with a LoRA, goes to `linear_logprob_stats`. Any other (DoRA, a quantized head) is
-    called on the scored rows, so (M, V) logits exist; `direct` says which, and one line is logged.
+    returns `{"logprob": (M,) fp32, ...}` with one (M,) tensor for each statistic asked for, and with
+    `output_router_logits=True` a mixture of experts' own `"aux_loss"` (a scalar). A head that is a linear layer,
+    perhaps with a LoRA, goes to `linear_logprob_stats` (`route` is "head"). Any other (DoRA, a quantized head) is
+    called on the scored rows, so (M, V) logits exist ("module"). Where either differs from what the model's own forward
+    says of a few tokens (a multiplier that no config names), its own logits of every position are built ("model"). One
+    line is logged for both.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,8 +62,8 @@ class LogprobForward:
         if head is None or self.model.base_model is self.model:
             raise ValueError(f"{type(self.model).__name__} has no language model head; fastdpo trains causal LMs.")
         parts = head_parts(head)
-        self.direct = isinstance(parts, HeadParts)
-        if not self.direct:
+        self.route = "head" if isinstance(parts, HeadParts) else "module"
+        if not isinstance(parts, HeadParts):
             logger.warning(
                 f"the head is {parts}, not a linear layer or a plain LoRA on one, so the logits of the scored tokens "
                 "are built."
@@ -68,6 +71,7 @@ class LogprobForward:
         # the forward that is put in place at the next installation; accelerate wraps it in between
         self._ours: Any = None
         self._depth = 0
+        self.check()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -92,13 +96,14 @@ class LogprobForward:
         def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if "logprob_rows" not in kwargs:
                 return original(*args, **kwargs)
-            return self._logprobs(model, *args, **kwargs)
+            return self._logprobs(model, original, *args, **kwargs)
 
         return types.MethodType(forward, self.model)
 
     def _logprobs(
         self,
         model: PreTrainedModel,
+        original: Any,
         *args: Any,
         logprob_rows: Tensor,
         logprob_targets: Tensor,
@@ -108,8 +113,17 @@ class LogprobForward:
         # PEFT passes on arguments of the causal LM's forward that its backbone does not know
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
         kwargs |= {"use_cache": False, "return_dict": True}
-        # looked up at each call: FSDP and PEFT replace modules after the patch
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        if self.route == "model":
+            output = original(*args, **kwargs)
+            logits = output.logits.flatten(0, 1)[logprob_rows.to(output.logits.device)]
+            found = _of_logits(logits, logprob_targets, logprob_stats)
+            return found if getattr(output, "aux_loss", None) is None else {**found, "aux_loss": output.aux_loss}
+        auxiliary: dict[str, Tensor] = {}
+        if kwargs.get("output_router_logits"):
+            hidden, auxiliary["aux_loss"] = _with_aux_loss(model, original, *args, **kwargs)
+        else:
+            # looked up at each call: FSDP and PEFT replace modules after the patch
+            hidden = model.base_model(*args, **kwargs).last_hidden_state
         head = cast(nn.Module, model.get_output_embeddings())
         device = next(head.parameters()).device
         hidden, rows, targets = hidden.to(device), logprob_rows.to(device), logprob_targets.to(device)
@@ -129,25 +143,16 @@ class LogprobForward:
                 stats=logprob_stats,
                 entropy_grad=False,
             )
-            return {"logprob": token.logprob, **{name: getattr(token, name) for name in logprob_stats}}
+            return {"logprob": token.logprob, **{name: getattr(token, name) for name in logprob_stats}, **auxiliary}
         logits = head(hidden.flatten(0, 1)[rows])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        output = {"logprob": reference.logprob(logits, targets)}
-        if logprob_stats:
-            with torch.no_grad():
-                stats = reference.token_stats(logits, targets)
-            output |= {name: stats[name] for name in logprob_stats}
-        return output
+        return {**_of_logits(logits, targets, logprob_stats), **auxiliary}
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare with the model's own logits on a few tokens, once, before training.
-
-        Raises:
-            ValueError: the architecture does something to its logits that `logit_transform` misses.
-        """
+        """Compare with the model's own logits on a few tokens, before training; take its logits if they differ."""
         parameter = next(self.model.parameters())
         if parameter.is_meta or parameter.numel() == 0:  # sharded at load: nothing to run yet
             return
@@ -169,7 +174,38 @@ class LogprobForward:
         eps = torch.finfo(logits.dtype).eps
         allowed = 0.02 * theirs.std() + 16 * eps * (1 + logits.abs().max())
         if not error <= allowed:
-            raise ValueError(
+            self.route = "model"
+            logger.warning(
                 f"{type(self.model).__name__} computes its logits in a way that fastdpo does not know (log-probs "
-                f"from the head's weight are off by {error:.3g} nats); please report the architecture."
+                f"from the head's weight are off by {error:.3g} nats), so its own logits of every position are built; "
+                "please report the architecture."
             )
+
+
+def _of_logits(logits: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> dict[str, Tensor]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.device)
+    output = {"logprob": reference.logprob(logits, targets)}
+    if statistics:
+        with torch.no_grad():
+            found = reference.token_stats(logits, targets)
+        output |= {name: found[name] for name in statistics}
+    return output
+
+
+def _with_aux_loss(model: PreTrainedModel, original: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Last hidden states, and the auxiliary loss as the architecture's own forward computes it.
+
+    That forward multiplies one position of each sequence by the head, to no other end.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(output.last_hidden_state)
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        loss = original(*args, **{**kwargs, "logits_to_keep": 1}).aux_loss
+    finally:
+        handle.remove()
+    return seen[0], loss
