@@ -29,6 +29,7 @@ def test_defaults_are_trl_s(tmp_path: Any) -> None:
     theirs = {field.name: field for field in dataclasses.fields(trl.DPOConfig)}
     ours = {field.name: field for field in dataclasses.fields(DPOConfig)}
     added = {"skip_bad_rows", "aggregate", "reference_free", "simpo_gamma", "cpo_alpha", "rpo_alpha", "pref_ftx"}
+    added |= {"model_adapter_name", "ref_adapter_name", "precompute_ref_dir"}
     # chosen otherwise: see the fields' help
     changed = {"output_dir", "logging_nan_inf_filter", "report_to"}
     assert OWN - added <= theirs.keys()
@@ -73,6 +74,10 @@ def test_own_defaults() -> None:
         ({"eval_steps": float("inf")}, "eval_steps must be a number of steps"),
         ({"num_train_epochs": 0}, "num_train_epochs must be > 0 where max_steps is not set, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
+        ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be at least 1, got 0"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1, got 0"),
+        ({"ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha must be in (0, 1], got 0.0"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "use one of them"),
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
     ],
 )

@@ -26,8 +26,10 @@ from transformers import (
 )
 
 from fastdpo.data.collate import DataCollatorForPreference
+from fastdpo.training.adapter_reference import AdapterOff
+from fastdpo.training.adapters import adapter_off
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.reference_policy import AdapterOff, FrozenModel, adapter_off
+from fastdpo.training.reference import FrozenModel
 from fastdpo.training.trainer import DPOTrainer
 
 VOCABULARY = 61
@@ -464,10 +466,11 @@ def test_reference_pass_restores_every_requires_grad_and_the_active_adapter(tmp_
     assert policy.active_adapters == ["dpo_train"]
 
 
-def test_trained_adapter_is_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reference_is_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy = get_peft_model(model(), lora(init_lora_weights=False))
     make(tmp_path, policy)
-    assert sum("is not fresh" in line for line in caplog.messages) == 1
+    said = [line for line in caplog.messages if line.startswith("reference: ")]
+    assert said == ["reference: the adapter 'default' as it was at the start, kept as a frozen copy."]
 
 
 def test_adapter_is_saved_and_loads(tmp_path: Path) -> None:

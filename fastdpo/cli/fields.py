@@ -160,4 +160,12 @@ FIELDS = (
     Field('pref_ftx', 'float', 0.0, None, 'DPO, further', 'Weight of an added NLL of the chosen answers, each averaged over its tokens.', 'dpo', False),
     Field('use_weighting', 'bool', False, None, 'DPO, further', 'Weigh each pair by its probability under the policy (WPO).', 'dpo', False),
     Field('ld_alpha', 'float | None', None, None, 'DPO, further', "Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); unset: off.", 'dpo', False),
+    Field('model_adapter_name', 'str | None', None, None, 'DPO, further', 'Adapter that is trained, of a model that has several; unset: the active one.', 'dpo', False),
+    Field('ref_adapter_name', 'str | None', None, None, 'DPO, further', 'Adapter of the same model that is the reference; unset: base or start.', 'dpo', False),
+    Field('precompute_ref_log_probs', 'bool', False, None, 'DPO, further', "Compute the reference's log-probs once, before training; kept on disk.", 'dpo', False),
+    Field('precompute_ref_batch_size', 'int | None', None, None, 'DPO, further', 'Pairs per batch of that computation; unset: as in training or evaluation.', 'dpo', False),
+    Field('precompute_ref_dir', 'str | None', None, None, 'DPO, further', 'Folder where these log-probs are kept; unset: ref_logps in output_dir.', 'dpo', False),
+    Field('sync_ref_model', 'bool', False, None, 'DPO, further', 'Let the reference follow the policy (TR-DPO), with an adapter too.', 'dpo', False),
+    Field('ref_model_mixup_alpha', 'float', 0.6, None, 'DPO, further', 'Share of the policy when TR-DPO mixes it into the reference, in (0, 1].', 'dpo', False),
+    Field('ref_model_sync_steps', 'int', 512, None, 'DPO, further', 'Update steps between two such mixtures, at least 1.', 'dpo', False),
 )

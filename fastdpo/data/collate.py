@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+# the reference's sums over each completion, and their parts beyond the shorter completion's length
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_tail_logps", "ref_rejected_tail_logps")
 
 
 def check_truncation(max_length: int | None, truncation_mode: str) -> None:
@@ -34,6 +36,7 @@ class DataCollatorForPreference:
     - `rows` (M,) int64: for each target the position that predicts it (the one before it), as an index into
       the flattened (2B * T) positions.
     - `offsets` (2B + 1,) int64: sequence s owns targets[offsets[s]:offsets[s + 1]].
+    - those of `REFERENCE_COLUMNS` that the examples have, (B,) fp32.
 
     A completion token at position 0 (an empty prompt, or one that `keep_end` cut off) has no position before
     it and is not scored. A sequence without a scored token has an empty segment.
@@ -82,12 +85,18 @@ class DataCollatorForPreference:
             rows.append(index * longest + start - 1 + torch.arange(len(scored)))
             counts.append(len(scored))
 
+        stored = {
+            name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
+            for name in REFERENCE_COLUMNS
+            if all(example.get(name) is not None for example in examples)
+        }
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "rows": torch.cat(rows),
             "targets": torch.cat(targets),
             "offsets": torch.tensor(counts).cumsum(0),
+            **stored,
         }
 
     def _truncate(self, ids: Tensor) -> tuple[Tensor, int]:

@@ -1,6 +1,7 @@
 """Preference rows -> prompt_ids, chosen_ids, rejected_ids: the ids that TRL 1.16 makes of the same rows."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -121,6 +122,7 @@ def tokenize_dataset(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
+    keep: Sequence[str] = (),
 ) -> tuple[Dataset | IterableDataset, TokenizeReport]:
     """Tokenize the rows of `load_preferences` or `normalize_dataset`.
 
@@ -128,8 +130,8 @@ def tokenize_dataset(
     the collator truncates) and a report. With `truncation_mode="keep_start"` rows whose prompt alone has
     `max_length` tokens or more are dropped and counted: no completion token of theirs could be scored. So are
     other rows that leave nothing to score in either completion. A dataset that already has the three columns
-    is only checked (lists of ints of 0 or more) and filtered. An `IterableDataset` is mapped, checked and
-    filtered lazily.
+    is only checked (lists of ints of 0 or more) and filtered, and keeps its columns that are named in `keep`. An
+    `IterableDataset` is mapped, checked and filtered lazily.
 
     Raises `DataError` when the rows need what the tokenizer lacks (a chat template, an EOS token), when a
     column is missing, when the template refuses a row, when given ids are none, or when no row is left.
@@ -139,8 +141,9 @@ def tokenize_dataset(
     if first is None:
         raise DataError(f"{name}: the dataset has no row.")
     tokenized = set(ID_COLUMNS) <= first.keys()
+    kept_columns = [*ID_COLUMNS, *(column for column in keep if tokenized and column in first)]
     if tokenized:
-        warn_unused(first, name)
+        warn_unused(set(first).difference(keep), name)
         if isinstance(dataset, IterableDataset):
             dataset = dataset.map(_check_ids, with_indices=True, fn_kwargs={"name": name})
     else:
@@ -160,7 +163,7 @@ def tokenize_dataset(
 
     if isinstance(dataset, IterableDataset):
         limits = {"max_length": max_length, "truncation_mode": truncation_mode}
-        dataset = dataset.select_columns(list(ID_COLUMNS)).filter(_is_usable, fn_kwargs=limits)
+        dataset = dataset.select_columns(kept_columns).filter(_is_usable, fn_kwargs=limits)
         return dataset, TokenizeReport(name, None, max_length)
 
     lengths = _lengths(dataset, name if tokenized else None)
@@ -175,7 +178,7 @@ def tokenize_dataset(
         )
     if len(kept) < len(dataset):
         dataset = dataset.select(kept)
-    return dataset.select_columns(list(ID_COLUMNS)), report
+    return dataset.select_columns(kept_columns), report
 
 
 def _tokenize_indexed(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:

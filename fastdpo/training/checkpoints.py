@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastdpo.training.files import sync_folder, sync_tree, write_atomic
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "fastdpo_state.json"
+REFERENCE_NAME = "reference.safetensors"
 # the leading underscore also keeps a staging folder out of uploads of output_dir
 _STAGING = "_incomplete-checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -130,7 +133,7 @@ def _unreadable_weights(folder: Path) -> str | None:
         return f"{index.name} is not readable"
     if not files:
         return "the weights are missing"
-    for path in files:
+    for path in [*files, *folder.glob(REFERENCE_NAME)]:
         try:
             # the header says how long the file must be
             with safe_open(path, framework="pt"):
@@ -202,6 +205,29 @@ def _check_kind(folder: str | os.PathLike[str], sharded: bool, adapter: bool | N
 def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write what a checkpoint of transformers lacks: running sums that are not logged yet."""
     write_atomic(Path(folder) / STATE_NAME, json.dumps(state, indent=1))
+
+
+def save_reference(folder: str | os.PathLike[str], state: dict[str, Tensor]) -> None:
+    """Write a reference that cannot be made again from the run's arguments; nothing where `state` is empty."""
+    if state:
+        # a model's parameters may be views of one another
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, Path(folder) / REFERENCE_NAME)
+
+
+def load_reference(folder: str | os.PathLike[str], wanted: bool) -> dict[str, Tensor]:
+    """Read it back; {} where none is `wanted` and the checkpoint has none.
+
+    Raises:
+        CheckpointError: one of the two is the case and the other is not.
+    """
+    path = Path(folder) / REFERENCE_NAME
+    if path.is_file() != wanted:
+        has, needs = ("a", "none") if path.is_file() else ("no", "one")
+        raise CheckpointError(
+            f"cannot resume from {folder}: it has {has} reference of its own (sync_ref_model, or an adapter that is "
+            f"trained further) and this run needs {needs}; go on with the arguments that the run began with."
+        )
+    return load_file(path) if wanted else {}
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -151,6 +151,32 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); unset: off."},
     )
 
+    # the reference, beside the trainer's `ref_model`
+    model_adapter_name: str | None = field(
+        default=None, metadata={"help": "Adapter that is trained, of a model that has several; unset: the active one."}
+    )
+    ref_adapter_name: str | None = field(
+        default=None, metadata={"help": "Adapter of the same model that is the reference; unset: base or start."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Compute the reference's log-probs once, before training; kept on disk."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs per batch of that computation; unset: as in training or evaluation."}
+    )
+    precompute_ref_dir: str | None = field(
+        default=None, metadata={"help": "Folder where these log-probs are kept; unset: ref_logps in `output_dir`."}
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Let the reference follow the policy (TR-DPO), with an adapter too."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy when TR-DPO mixes it into the reference, in (0, 1]."}
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "Update steps between two such mixtures, at least 1."}
+    )
+
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = "output"
@@ -158,6 +184,7 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         self.loss_options()
         self._check_lengths()
+        self._check_reference()
         self._check_schedule()
         self._check_trackers()
         self._choose_precision()
@@ -187,6 +214,19 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"pad_to_multiple_of must be 'auto' or a number >= 1, got {multiple!r}.")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise ValueError(f"dataset_num_proc must be at least 1, got {self.dataset_num_proc}.")
+
+    def _check_reference(self) -> None:
+        for name in ("precompute_ref_batch_size", "ref_model_sync_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}.")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model moves the reference, and precompute_ref_log_probs keeps the log-probs of one that "
+                "stays; use one of them."
+            )
 
     def _check_schedule(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -33,6 +33,12 @@ class SafeCheckpointTrainer(Trainer):
     def load_extra_state(self, state: dict[str, Any] | None) -> None:
         """Go on from `extra_state`'s values, or from nothing when `state` is None."""
 
+    def save_extra_files(self, folder: Path) -> None:
+        """Write what else a checkpoint must have into it; called on the process that saves."""
+
+    def load_extra_files(self, folder: Path) -> None:
+        """Go on with the files of `save_extra_files`; not called where training starts from scratch."""
+
     @property
     def _sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -78,6 +84,7 @@ class SafeCheckpointTrainer(Trainer):
             if best_is_this:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
             checkpoints.save_state(staged, state)
+            self.save_extra_files(staged)
             checkpoints.publish(staged, final)
             staging.rmdir()
             best = self.state.best_model_checkpoint
@@ -121,6 +128,8 @@ class SafeCheckpointTrainer(Trainer):
         self._began_at_checkpoint = resume_from_checkpoint is not None
         self._resumed = checkpoints.load_state(resume_from_checkpoint) if resume_from_checkpoint else None
         self.load_extra_state(self._resumed)
+        if resume_from_checkpoint:
+            self.load_extra_files(Path(resume_from_checkpoint))
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:

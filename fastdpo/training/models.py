@@ -1,6 +1,7 @@
 """Loading policies and tokenizers, and refusing what cannot be trained, in one sentence each."""
 
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -34,6 +35,8 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """The policy, with a fresh adapter where `peft_config` is given.
 
+    A path of an adapter's folder gives the adapter, to be trained further, over its base model.
+
     A path is loaded in fp32 for full fine-tuning, whatever the checkpoint's dtype: under bf16 autocast the
     weights stay fp32, since AdamW at a learning rate of 1e-6 changes no bf16 weight. With PEFT the base model
     is frozen and keeps the checkpoint's dtype. `default_dtype` replaces that rule, and an explicit `dtype` in
@@ -42,7 +45,9 @@ def load_policy(
     Raises:
         ValueError: no such model, not a text-only causal LM, or arguments that exclude each other.
     """
-    if isinstance(model, str):
+    if isinstance(model, str) and is_adapter_folder(model):
+        model = _from_adapter_folder(model, args, quantization_config, default_dtype or "auto")
+    elif isinstance(model, str):
         dtype = default_dtype or (torch.float32 if peft_config is None else "auto")
         model = _from_pretrained(model, args, quantization_config, dtype)
     elif args.model_init_kwargs or quantization_config is not None:
@@ -64,7 +69,31 @@ def load_policy(
     _check_modules_to_save(peft_config, model)
     # TRL draws the adapter's weights right after set_seed; nothing may take random numbers in between
     set_seed(args.seed)
-    return cast(PeftModel, get_peft_model(model, peft_config))
+    return cast(PeftModel, get_peft_model(model, peft_config, adapter_name=args.model_adapter_name or "default"))
+
+
+def is_adapter_folder(path: str) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file()
+
+
+def _from_adapter_folder(path: str, args: DPOConfig, quantization_config: Any, default_dtype: Any) -> PeftModel:
+    """The adapter over the base model that its configuration names, to be trained further."""
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot load the adapter {path!r}: {_first_line(error)}") from error
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"the adapter {path!r} does not say which model it belongs to; load both, and pass the PeftModel."
+        )
+    _check_adapter_type(config)
+    base = _from_pretrained(config.base_model_name_or_path, args, quantization_config, default_dtype)
+    name = args.model_adapter_name or "default"
+    try:
+        return PeftModel.from_pretrained(base, path, adapter_name=name, is_trainable=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load the adapter {path!r}: {_first_line(error)}") from error
 
 
 def _from_pretrained(path: str, args: DPOConfig, quantization_config: Any, default_dtype: Any) -> PreTrainedModel:
@@ -146,6 +175,8 @@ def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokeniz
     """The tokenizer, with a pad token (the EOS token where it has none: masks come from lengths)."""
     if given is None:
         path = model if isinstance(model, str) else model.config.name_or_path
+        if is_adapter_folder(path) and not Path(path, "tokenizer_config.json").is_file():
+            path = PeftConfig.from_pretrained(path).base_model_name_or_path or path
         options = cast("dict[str, Any]", args.model_init_kwargs or {})
         try:
             given = AutoTokenizer.from_pretrained(

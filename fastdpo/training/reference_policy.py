@@ -1,158 +1,122 @@
-"""Where the reference log-probs come from: a frozen copy of the policy, or the policy, its adapter off."""
+"""Which reference a run has: the one place where that is decided."""
 
-import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from fastdpo.training.adapter_reference import AdapterOff, OtherAdapter, StartingPolicy, StartWeights
+from fastdpo.training.adapters import adapter_tensors, is_fresh, trained_adapter
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.logprob_forward import LogprobForward
 from fastdpo.training.models import load_policy
+from fastdpo.training.reference import FrozenModel, NoReference, Reference, frozen_copy
+from fastdpo.training.sync_reference import SyncedAdapter, SyncedModel
 
 logger = logging.getLogger(__name__)
 
-
-class Reference(Protocol):
-    """Gives reference log-probs. `description` is one line that says what the reference is."""
-
-    description: str
-
-    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
-        """The (M,) log-probs of `inputs["logprob_targets"]` under the reference, without gradients."""
-        ...
-
-
-class NoReference:
-    """For losses that read none: no pass, no second model."""
-
-    def __init__(self, losses: str) -> None:
-        self.description = f"none, since the loss ({losses}) reads none"
-
-    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> None:
-        return None
-
-
-class FrozenModel:
-    """A second model, in eval mode and without gradients.
-
-    It is not given to accelerate's `prepare`, which would count it among the models that evaluation finds ready.
-    `autocast` makes the context that the policy's forward runs in.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        description: str,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.description = description
-        self.forward = LogprobForward(model)
-        self.autocast = autocast
-
-    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), self.autocast(), self.forward.installed():
-            return self.model(**inputs)["logprob"]
-
-
-class AdapterOff:
-    """The policy's own base model: one model in memory."""
-
-    description = "the base model of the policy, its adapter switched off"
-
-    def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        peft_model = policy if isinstance(policy, PeftModel) else _find_peft(policy)
-        training = policy.training
-        # eval: no dropout, no NEFTune noise, no activation checkpointing
-        policy.eval()
-        try:
-            with torch.no_grad(), adapter_off(peft_model):
-                return policy(**inputs)["logprob"]
-        finally:
-            policy.train(training)
-
-
-def _find_peft(model: nn.Module) -> PeftModel:
-    return next(module for module in model.modules() if isinstance(module, PeftModel))
-
-
-@contextmanager
-def adapter_off(model: PeftModel) -> Iterator[None]:
-    """Switch all adapters off; afterwards the active adapters and every requires_grad are what they were.
-
-    PEFT's `disable_adapter` makes the active adapter trainable again on exit, even one loaded frozen.
-    """
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = model.active_adapters
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        if model.active_adapters != active:
-            cast(Any, model.base_model).set_adapter(active)
-        for parameter, requires_grad in trainable:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
+Policy = PreTrainedModel | PeftModel
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def make_reference(
-    policy: PreTrainedModel | PeftModel,
-    ref_model: str | PreTrainedModel | PeftModel | None,
+    policy: Policy,
+    ref_model: str | Policy | None,
     args: DPOConfig,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Autocast,
+    created_adapter: bool = False,
+    sharded: bool = False,
 ) -> Reference:
     """The reference of a policy that is on its device and not trained yet.
 
-    `ref_model` if given (a path is loaded in the policy's dtype); else the base model of a policy with an
-    adapter; else a frozen copy of the policy. None where no loss reads it.
+    In this order: none where no loss reads it; `ref_model` (a path is loaded in the policy's dtype); the adapter
+    `ref_adapter_name`; the base model of a policy whose adapter adds nothing yet; the start of an adapter that goes on
+    being trained (TRL 1.16's rule); a frozen copy of the policy. With `sync_ref_model` the reference moves. With
+    `precompute_ref_log_probs` it is needed before training only, so that no copy is made of the starting policy.
+
+    created_adapter: the adapter comes from a peft_config. sharded: FSDP or ZeRO-3 will split the weights.
+
+    Raises:
+        ValueError: one sentence: arguments that exclude each other, or a policy that the kind does not work with.
     """
     options = args.loss_options()
     if not options.needs_reference:
+        for name in ("sync_ref_model", "precompute_ref_log_probs", "ref_adapter_name"):
+            if getattr(args, name):
+                logger.warning(f"{name} is not used: the loss reads no reference.")
         if ref_model is not None:
             logger.warning("ref_model is not used: the loss reads no reference.")
         return NoReference("reference_free" if args.reference_free else ", ".join(options.names))
-    if ref_model is None and isinstance(policy, PeftModel):
-        warn_if_adapter_is_trained(policy)
-        return AdapterOff()
-    if ref_model is None:
+    if sharded and args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model reads whole weights of policy and reference, which FSDP and ZeRO-3 split over processes; "
+            "use DDP or ZeRO-2, or leave sync_ref_model out."
+        )
+    if ref_model is not None:
+        return _given_model(policy, ref_model, args, autocast)
+    if args.ref_adapter_name is not None:
+        return _other_adapter(cast(PeftModel, policy), args)
+    idle = [name for name in getattr(policy, "peft_config", {}) if name not in cast(PeftModel, policy).active_adapters]
+    if idle:
+        logger.warning(
+            f"the model has other adapters, which are not used: {', '.join(idle)}; ref_adapter_name makes one of them "
+            "the reference."
+        )
+    rhythm = f", mixed with the policy every {args.ref_model_sync_steps} steps (alpha {args.ref_model_mixup_alpha})"
+    if not isinstance(policy, PeftModel):
+        if args.precompute_ref_log_probs:
+            return StartingPolicy()
+        if args.sync_ref_model:
+            return SyncedModel(frozen_copy(policy), f"a copy of the starting policy{rhythm}", autocast)
         return FrozenModel(frozen_copy(policy), "a frozen copy of the starting policy", autocast)
+    if args.sync_ref_model:
+        reference = SyncedAdapter(policy)
+        reference.description = f"the policy's base model plus a delta that starts as the adapter's{rhythm}"
+        return reference
+    if is_fresh(policy, created_adapter):
+        return AdapterOff()
+    if args.precompute_ref_log_probs:
+        return StartingPolicy()
+    if sharded:
+        raise ValueError(
+            "the adapter is trained further, and its start cannot be kept beside weights that FSDP or ZeRO-3 splits; "
+            "load it twice and give model_adapter_name and ref_adapter_name, or pass ref_model."
+        )
+    return StartWeights(policy)
+
+
+def _given_model(policy: Policy, ref_model: str | Policy, args: DPOConfig, autocast: Autocast) -> FrozenModel:
+    if args.ref_adapter_name is not None:
+        raise ValueError(f"ref_model and ref_adapter_name ({args.ref_adapter_name!r}) both name a reference; give one.")
     name = ref_model if isinstance(ref_model, str) else getattr(ref_model, "name_or_path", "") or "an instance"
     if isinstance(ref_model, str):
         ref_model = load_policy(ref_model, args, default_dtype=policy.dtype)
     cast(nn.Module, ref_model).to(args.device)
-    reference = FrozenModel(ref_model, f"the model given as ref_model ({name})", autocast)
-    reference.forward.check()
+    description = f"the model given as ref_model ({name})"
+    if args.sync_ref_model:
+        description += f", mixed with the policy every {args.ref_model_sync_steps} steps"
+        reference = SyncedModel(ref_model, f"{description} (alpha {args.ref_model_mixup_alpha})", autocast)
+        reference.check(policy)
+    else:
+        reference = FrozenModel(ref_model, description, autocast)
     return reference
 
 
-def frozen_copy(policy: nn.Module) -> nn.Module:
-    """A copy of the policy as it is now, same dtype and device.
-
-    Raises:
-        ValueError: the policy is split over devices, where a copy would share the original's hooks.
-    """
-    devices = set((getattr(policy, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
+def _other_adapter(policy: PeftModel, args: DPOConfig) -> OtherAdapter:
+    assert args.ref_adapter_name is not None
+    if args.sync_ref_model:
         raise ValueError(
-            "full fine-tuning of a model that device_map has split over devices needs a reference of its own; "
-            "pass ref_model, or train an adapter (peft_config)."
+            "sync_ref_model mixes the policy into a delta of its own, which starts as the trained adapter; leave "
+            f"ref_adapter_name ({args.ref_adapter_name!r}) out."
         )
-    return copy.deepcopy(policy)
-
-
-def warn_if_adapter_is_trained(model: PeftModel) -> None:
-    """Say so when the reference (adapter off) is not the policy that training starts from."""
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name and bool(parameter.detach().any()):
-            logger.warning(
-                f"the adapter {model.active_adapters} is not fresh, so the reference (adapter off) differs from "
-                "the starting policy; to make that the reference, merge the adapter (merge_and_unload) and pass "
-                "peft_config."
-            )
-            return
+    own = {id(tensor) for tensor in adapter_tensors(policy, trained_adapter(policy))}
+    base = [name for name, tensor in policy.named_parameters() if tensor.requires_grad and id(tensor) not in own]
+    if base and not args.precompute_ref_log_probs:
+        raise ValueError(
+            f"{base[0]} is trained beside the adapter, so the reference {args.ref_adapter_name!r} in the same model "
+            "would move; freeze it, or pass ref_model."
+        )
+    return OtherAdapter(args.ref_adapter_name)

@@ -12,16 +12,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
-from fastdpo.data.collate import DataCollatorForPreference
-from fastdpo.data.formats import normalize_dataset
-from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
+from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport
 from fastdpo.losses.preference import pair_losses
 from fastdpo.ops.sequence import segment_sum
 from fastdpo.training import metrics
+from fastdpo.training.adapters import choose_adapters
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.crash_safe import SafeCheckpointTrainer
 from fastdpo.training.logprob_forward import STATISTICS, LogprobForward
 from fastdpo.training.models import (
     check_arguments,
@@ -31,22 +31,24 @@ from fastdpo.training.models import (
     load_policy,
     load_tokenizer,
 )
+from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
 from fastdpo.training.pair_logps import pair_logps
-from fastdpo.training.reference_policy import FrozenModel, make_reference
+from fastdpo.training.precomputed import free_memory, stored_logps
+from fastdpo.training.reference_policy import make_reference
+from fastdpo.training.reference_trainer import ReferenceTrainer, model_call
 
 logger = logging.getLogger(__name__)
 
-PairDataset = Dataset | IterableDataset
 Model = PreTrainedModel | PeftModel
 
 
-class DPOTrainer(SafeCheckpointTrainer):
+class DPOTrainer(ReferenceTrainer):
     """Trains a causal language model on preference pairs; the constructor's order is TRL 1.16's.
 
     Args:
-        model: the policy: a path, a loaded causal LM, or one with a PEFT adapter.
-        ref_model: the reference, a path or a loaded model. Left out: a frozen copy of the starting policy,
-            or, with an adapter, the base model.
+        model: the policy: a path of a model or of a LoRA adapter, a loaded causal LM, or one with a PEFT adapter.
+        ref_model: the reference, a path or a loaded model. Left out: see `make_reference`; without an adapter a
+            frozen copy of the starting policy, with a fresh one the base model.
         args: a `DPOConfig`; left out, its defaults.
         data_collator: left out, `DataCollatorForPreference`.
         train_dataset, eval_dataset: preference pairs in any format that `normalize_dataset` takes, or
@@ -104,6 +106,7 @@ class DPOTrainer(SafeCheckpointTrainer):
             )
 
         policy = load_policy(model, args, peft_config, quantization_config)
+        choose_adapters(policy, args)
         check_vocabulary(self.tokenizer, policy)
         for name, dataset in given.items():
             check_token_ids(dataset, policy.config.get_text_config().vocab_size, name)
@@ -133,58 +136,32 @@ class DPOTrainer(SafeCheckpointTrainer):
         policy.config.use_cache = self._use_cache
         self.model_accepts_loss_kwargs = False
         self._logprob_forward = LogprobForward(policy)
-        self._logprob_forward.check()
-        self._reference = make_reference(policy, ref_model, args, lambda: self.accelerator.autocast())
-        if isinstance(self._reference, FrozenModel):
-            check_vocabulary(self.tokenizer, cast(PreTrainedModel, self._reference.model), "reference")
-        self.reference_description = self._reference.description
-        if self.args.should_log:
-            logger.warning(f"reference: {self.reference_description}.")
+        self._set_reference(
+            make_reference(
+                policy,
+                ref_model,
+                args,
+                lambda: self.accelerator.autocast(),
+                created_adapter=peft_config is not None,
+                sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+            )
+        )
+        if args.precompute_ref_log_probs:
+            free_memory()
         self._loss_options = args.loss_options()
         self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
         self._sums = {"train": metrics.MetricSums(), "eval": metrics.MetricSums()}
         self._num_tokens = 0
 
     def _prepare_dataset(self, dataset: PairDataset, args: DPOConfig, name: str) -> PairDataset:
-        if not isinstance(dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}."
-            )
-        dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
-        dataset, report = tokenize_dataset(
-            dataset,
-            self.tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
-        self.tokenize_reports[name] = report
-        lost = (
-            report.dropped_long_prompt,
-            report.dropped_unscored,
-            report.truncated_chosen,
-            report.truncated_rejected,
-            report.empty_after_truncation,
-        )
-        logger.log(logging.WARNING if any(lost) else logging.INFO, str(report))
-        strategy = getattr(args, "train_sampling_strategy", "random")
-        by_length = strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
-        if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
-            # Trainer would look for input_ids; a pair is padded to its longer side
-            lengths = [
-                len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-                for row in cast("Any", dataset.select_columns(list(ID_COLUMNS)))
-            ]
-            lengths = [min(length, args.max_length or length) for length in lengths]
-            dataset = dataset.add_column(args.length_column_name, cast(Any, lengths))
+        dataset, self.tokenize_reports[name] = prepare_dataset(dataset, self.tokenizer, args, name)
         return dataset
 
     # what Trainer would ask the model's signature for
 
     def _set_signature_columns_if_needed(self) -> None:
         # the sampler reads the lengths, the collator the ids
-        self._signature_columns = [*ID_COLUMNS, self.args.length_column_name]
+        self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column_name]
 
     # the loss
 
@@ -196,11 +173,10 @@ class DPOTrainer(SafeCheckpointTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
-        call = {k: v for k, v in inputs.items() if k not in ("rows", "targets", "offsets")}
-        call |= {"logprob_rows": inputs["rows"], "logprob_targets": inputs["targets"]}
+        call = model_call(inputs)
         with self._logprob_forward.installed():
             # the reference goes first: the policy's activations are not in memory yet
-            reference = self._reference(cast(Model, self.model), call)
+            reference = stored_logps(inputs) or self._reference(cast(Model, self.model), call)
             policy = model(**call, logprob_stats=self._statistics)
         offsets = inputs["offsets"].to(policy["logprob"].device)
         logps = pair_logps(policy, reference, offsets, self._loss_options)

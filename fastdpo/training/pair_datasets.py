@@ -1,0 +1,63 @@
+"""Datasets of pairs as the trainer takes them -> tokenized, counted, with the columns that samplers read."""
+
+import logging
+from typing import Any, cast
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.data.formats import normalize_dataset
+from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.training.config import DPOConfig
+
+logger = logging.getLogger(__name__)
+
+PairDataset = Dataset | IterableDataset
+
+
+def prepare_dataset(
+    dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, name: str
+) -> tuple[PairDataset, TokenizeReport]:
+    """Normalize and tokenize; what was dropped or will be cut is logged.
+
+    Raises:
+        TypeError, ValueError, DataError: not a dataset, a stream to precompute for, or rows that are no pairs.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
+    if args.precompute_ref_log_probs and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"precompute_ref_log_probs needs the {name} dataset as a datasets.Dataset, got {type(dataset).__name__}; "
+            "load it whole, or leave precompute_ref_log_probs out."
+        )
+    dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
+    dataset, report = tokenize_dataset(
+        dataset,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        num_proc=args.dataset_num_proc,
+        name=name,
+        # log-probs that came with the data are used where they are asked for
+        keep=REFERENCE_COLUMNS if args.precompute_ref_log_probs else (),
+    )
+    lost = (
+        report.dropped_long_prompt,
+        report.dropped_unscored,
+        report.truncated_chosen,
+        report.truncated_rejected,
+        report.empty_after_truncation,
+    )
+    logger.log(logging.WARNING if any(lost) else logging.INFO, str(report))
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    by_length = strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
+    if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
+        # Trainer would look for input_ids; a pair is padded to its longer side
+        lengths = [
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in cast("Any", dataset.select_columns(list(ID_COLUMNS)))
+        ]
+        lengths = [min(length, args.max_length or length) for length in lengths]
+        dataset = dataset.add_column(args.length_column_name, cast(Any, lengths))
+    return dataset, report

@@ -1,0 +1,94 @@
+"""A Trainer with a reference policy: chosen once, precomputed or moved where asked for, kept in checkpoints."""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.training import checkpoints
+from fastdpo.training.adapter_trainer import AdapterTrainer
+from fastdpo.training.config import DPOConfig
+from fastdpo.training.logprob_forward import LogprobForward
+from fastdpo.training.models import check_vocabulary
+from fastdpo.training.pair_logps import SequenceLogps
+from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
+from fastdpo.training.reference import FrozenModel, NoReference, Reference
+from fastdpo.training.sync_reference import SyncCallback, SyncedAdapter, SyncedModel
+
+logger = logging.getLogger(__name__)
+
+Model = PreTrainedModel | PeftModel
+# what a batch has beside the model's inputs
+_NOT_INPUTS = ("rows", "targets", "offsets", *REFERENCE_COLUMNS)
+
+
+class ReferenceTrainer(AdapterTrainer):
+    """A subclass makes the model and its log-prob forward, and then calls `_set_reference`.
+
+    Attributes:
+        reference_description: one line that says what the reference is.
+    """
+
+    args: DPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    _logprob_forward: LogprobForward
+
+    def _set_reference(self, reference: Reference) -> None:
+        args, policy = self.args, cast(Model, self.model)
+        if isinstance(reference, FrozenModel):
+            check_vocabulary(self.tokenizer, cast(PreTrainedModel, reference.model), "reference")
+        if isinstance(reference, SyncedModel | SyncedAdapter):
+            self.add_callback(SyncCallback(reference, policy))
+        if args.precompute_ref_log_probs and not isinstance(reference, NoReference):
+            datasets = as_datasets(self.train_dataset, self.eval_dataset)
+            reference, datasets = precompute(
+                reference,
+                policy,
+                datasets,
+                args,
+                self.accelerator,
+                self._sums_of_rows,
+                self.data_collator,
+                self.tokenizer,
+            )
+            self.train_dataset = datasets.pop("train", None)
+            several = isinstance(self.eval_dataset, dict)
+            evals = {name.removeprefix("eval-"): dataset for name, dataset in datasets.items()}
+            self.eval_dataset = cast(Any, evals if several else evals.get("eval"))
+        self._reference = reference
+        self.reference_description = reference.description
+        if args.should_log:
+            logger.warning(f"reference: {self.reference_description}.")
+
+    def _sums_of_rows(self, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
+        """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
+        inputs = cast(dict, self._prepare_inputs(self.data_collator(rows)))
+        with self._logprob_forward.installed(), self.accelerator.autocast():
+            tokens = cast(Tensor, reference(cast(Model, self.model), model_call(inputs)))
+        offsets = inputs["offsets"].to(tokens.device)
+        return SequenceLogps.of(tokens, offsets), offsets.diff()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; after it the policy is no starting policy any more."""
+        if isinstance(self._reference, PrecomputedReference):
+            self._reference.policy_moves()
+        return super().train(*args, **kwargs)
+
+    def save_extra_files(self, folder: Path) -> None:
+        checkpoints.save_reference(folder, self._reference.state())
+
+    def load_extra_files(self, folder: Path) -> None:
+        state = checkpoints.load_reference(folder, wanted=bool(self._reference.state()))
+        try:
+            self._reference.load_state(state)
+        except ValueError as error:
+            raise checkpoints.CheckpointError(f"cannot resume from {folder}: {error}.") from error
+
+
+def model_call(inputs: dict[str, Any]) -> dict[str, Any]:
+    call = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS}
+    return call | {"logprob_rows": inputs["rows"], "logprob_targets": inputs["targets"]}
