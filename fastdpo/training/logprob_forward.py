@@ -11,23 +11,30 @@ import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastdpo.ops import reference
 from fastdpo.ops.linear_logprob import linear_logprob_stats
 from fastdpo.training.head_parts import HeadParts, head_parts
-from fastdpo.training.models import unwrap_peft
+
+if TYPE_CHECKING:  # LLaMA-Factory's trainer uses this module beside a transformers that is older than these names
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 
 
-def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The causal LM inside a PEFT model, or the model itself."""
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def logit_transform(config: "PreTrainedConfig") -> tuple[float, float | None]:
     """(logit_scale, softcap): what the architecture does to `hidden @ weight.T` before the softmax.
 
     Multipliers are `logit_scale` (Cohere), `output_multiplier` and `lm_head_multiplier` (Falcon-H1);
@@ -56,7 +63,7 @@ class LogprobForward:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = cast(PreTrainedModel, unwrap_peft(model))
+        self.model = cast("PreTrainedModel", unwrap_peft(model))
         self.scale, self.softcap = logit_transform(self.model.config)
         head = self.model.get_output_embeddings()
         if head is None or self.model.base_model is self.model:
@@ -93,7 +100,7 @@ class LogprobForward:
     def _make(self, original: Any) -> Any:
         # generate() and Trainer read the signature
         @functools.wraps(type(self.model).forward)
-        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        def forward(model: "PreTrainedModel", *args: Any, **kwargs: Any) -> Any:
             if "logprob_rows" not in kwargs:
                 return original(*args, **kwargs)
             return self._logprobs(model, original, *args, **kwargs)
@@ -102,7 +109,7 @@ class LogprobForward:
 
     def _logprobs(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         original: Any,
         *args: Any,
         logprob_rows: Tensor,
@@ -193,7 +200,7 @@ def _of_logits(logits: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> 
     return output
 
 
-def _with_aux_loss(model: PreTrainedModel, original: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _with_aux_loss(model: "PreTrainedModel", original: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Last hidden states, and the auxiliary loss as the architecture's own forward computes it.
 
     That forward multiplies one position of each sequence by the head, to no other end.

@@ -22,6 +22,7 @@ from transformers import (
 
 from fastdpo.data.tokenize import ID_COLUMNS
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.logprob_forward import unwrap_peft
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +155,6 @@ def _check_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
                 f"modules_to_save names {wanted!r}, and {type(model).__name__} has no module whose name ends so; the "
                 f"last part of one is wanted, for instance {names[-1].split('.')[-1]}."
             )
-
-
-def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The causal LM inside a PEFT model, or the model itself."""
-    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def disable_dropout(model: nn.Module) -> None:
