@@ -44,7 +44,8 @@ def candidate_builds(target: str) -> dict[str, Build]:
     for config in configs.candidates(target):
         with configs.override(config):
             for name, build in _fused_builds(target).items():
-                if name.endswith((" stats", " write", " plain")) and "fp16" not in name and "all" not in name:
+                rare = any(word in name for word in ("fp16", "all", "odd"))
+                if name.endswith((" stats", " write", " plain")) and not rare:
                     found[f"{name} {config}"] = build
     return found
 
