@@ -12,11 +12,18 @@ Bytes for each element of N x V, with b the operands' bytes (bf16, fp16: 2; fp32
     TRL 1.16                        tile written b, read by the fold b                                          = 2b
         with a gradient             again b + b, dlogits over it b, read by dX's GEMM b                         + 4b
         trained                     read by dW's GEMM b                                                         + b
+    eager                           logits written b, log_softmax reads 4 and writes 4                          = 8 + b
+        in 16 bits                  + the copy in fp32: read b, written 4                                       + 4 + b
+        with a gradient             gather's backward 4 (zeros) + 8, log_softmax's 12, dlogits read by dX's b   + 24 + b
+        in 16 bits                  + the copy back: read 4, written b                                          + 4 + b
+        trained                     read by dW's GEMM b                                                         + b
 
-In bf16: fastdpo 12 / 16 / 28 (recompute) or 22 (kept), fused 0 / 4 / 8 or 10; TRL 4 / 12 / 14. What is of size N x H
-or V x H is left out, for all alike: with V in the hundred thousands and tiles of thousands of rows it is a few per
-cent. The GEMMs' rate is that of one `torch.mm` of the very shape, which writes N x V itself, so the bound is not quite
-the least possible: a path at 100 % of it has hidden nothing.
+In bf16: fastdpo 12 / 16 / 28 (recompute) or 22 (kept), fused 0 / 4 / 8 or 10; TRL 4 / 12 / 14; eager 16 / 48 / 50.
+Other peers' bytes are not counted here. On a CPU, where plain torch does the tiles' work and a tile may stay in the
+cache, there is no such bound: `bench.traffic` counts what the operators move. What is of size N x H or V x H is left
+out, for all alike: with V in the hundred thousands and tiles of thousands of rows it is a few per cent. The
+GEMMs' rate is that of one `torch.mm` of the very shape, which writes N x V itself, so the bound is not quite the least
+possible: a path at 100 % of it has hidden nothing.
 """
 
 from dataclasses import dataclass
@@ -60,6 +67,15 @@ def trl_bytes(mode: str, operand: int) -> int:
     return operand * {"forward": 2, "frozen": 6, "trained": 7}[mode]
 
 
+def eager_bytes(mode: str, operand: int) -> int:
+    """Bytes per element of N x V of matmul, log_softmax and gather (a test counts them operator by operator)."""
+    copies = 4 + operand if operand < 4 else 0
+    forward = 8 + operand + copies
+    if mode == "forward":
+        return forward
+    return forward + 24 + operand + copies + (operand if mode == "trained" else 0)
+
+
 # units of 2NHV that the algorithms need, as their sources do it; CCE's filter may skip some of its own
 PRODUCTS = {
     "eager": (1, 2, 3),
@@ -73,10 +89,14 @@ PRODUCTS = {
 }
 
 
-def peer_work(entry: str, mode: str, n: int, h: int, v: int, operand: int) -> Work | None:
+def peer_work(entry: str, mode: str, n: int, h: int, v: int, operand: int, softcap: float | None = None) -> Work | None:
     """The work of an entry that is not ours; None where it depends on the data."""
     if entry not in PRODUCTS:
         return None
     products = PRODUCTS[entry][("forward", "frozen", "trained").index(mode)]
-    tiles = trl_bytes(mode, operand) * n * v if entry == "trl" else None
-    return Work(2.0 * n * h * v * products, tiles)
+    tiles = None
+    if entry == "trl":
+        tiles = trl_bytes(mode, operand)
+    elif entry == "eager" and softcap is None:
+        tiles = eager_bytes(mode, operand)
+    return Work(2.0 * n * h * v * products, None if tiles is None else float(tiles * n * v))

@@ -1,6 +1,7 @@
 """What is measured: the heads of real models, shapes in order of importance, and inputs like a trained model's."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ HEADS = (
 class Case:
     """N scored tokens, hidden size H, vocabulary V; mode: no gradient, d hidden only, or d hidden and d weight.
 
-    `head` names the model whose head it is; `inputs` is "peaked" (made here) or "real" (a model's own activations).
+    `head` names the model whose head it is; `inputs` is "peaked" (made here) or "real" (a model's own activations);
+    `sweep`: a point of a plot, in no summary.
     """
 
     n: int
@@ -45,6 +47,7 @@ class Case:
     head: str = ""
     softcap: float | None = None
     inputs: str = "peaked"
+    sweep: bool = False
 
     @property
     def name(self) -> str:
@@ -52,24 +55,98 @@ class Case:
         return f"{self.n}x{self.h}x{self.v} {self.dtype} {self.mode}{real}"
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How many scored tokens fit `budget_mib` MiB above the inputs; mode: d hidden only, or d hidden and d weight.
+
+    A trial grows in units of 16 tokens, or of one pair of `length` positions, up to `most` tokens or positions.
+    """
+
+    h: int
+    v: int
+    dtype: str
+    mode: str
+    budget_mib: float
+    most: int
+    length: int | None = None
+    head: str = ""
+
+    @property
+    def name(self) -> str:
+        pairs = "" if self.length is None else f", pairs of {self.length} positions"
+        return f"largest N in {self.budget_mib:g} MiB, {self.h}x{self.v}{pairs} {self.dtype} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The points of a plot: N varies at (H, V), V varies at (N, H)."""
+
+    n: int
+    h: int
+    v: int
+    ns: tuple[int, ...]
+    vs: tuple[int, ...]
+    head: str = ""
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(N, H, V), each once."""
+        found = [(n, self.h, self.v) for n in self.ns] + [(self.n, self.h, v) for v in self.vs]
+        return list(dict.fromkeys(found))
+
+
 # (N, H, V): a small head, and SmolLM2-135M's
 CPU_SHAPES = [(512, 512, 32000), (1024, 576, 49152)]
+CPU_QUICK = (256, 256, 16384)
+_LLAMA = HEADS[1]
+# by device and whether the run is a quick one
+MOST_TOKENS = {("cpu", True): 1 << 12, ("cpu", False): 1 << 14, ("cuda", True): 1 << 19, ("cuda", False): 1 << 19}
+SWEEPS = {
+    ("cpu", True): Sweep(128, 256, 8192, (32, 128, 512), (4096, 8192, 16384)),
+    ("cpu", False): Sweep(512, 512, 32000, (128, 256, 512, 1024, 2048), (4000, 8000, 16000, 32000, 64000)),
+    ("cuda", True): Sweep(
+        4096, _LLAMA.h, _LLAMA.v, (1024, 4096, 16384), (_LLAMA.v // 4, _LLAMA.v // 2, _LLAMA.v), _LLAMA.model
+    ),
+    ("cuda", False): Sweep(
+        4096,
+        _LLAMA.h,
+        _LLAMA.v,
+        (256, 1024, 4096, 16384, 65536),
+        (_LLAMA.v // 8, _LLAMA.v // 4, _LLAMA.v // 2, _LLAMA.v, 2 * _LLAMA.v),
+        _LLAMA.model,
+    ),
+}
 
 
-def cases(device: str, quick: bool, real: tuple[int, int, int] | None = None) -> list[Case]:
-    """What a run measures, the most important first. `real` is (N, H, V) of activations that are present."""
+def cases(
+    device: str, quick: bool, real: tuple[int, int, int] | None = None, extra: Sequence[Case | Growth] = ()
+) -> list[Case | Growth]:
+    """What a run measures, the most important first. `real` is (N, H, V) of activations that are present; `extra`
+    comes after the first sweep over the heads, without the cases that stand here anyway."""
     found = _cpu_cases(quick) if device == "cpu" else _cuda_cases(quick)
-    if real is None:
-        return found
-    n, h, v = min(real[0], 1024 if device == "cpu" else 4096), *real[1:]
-    extra = [Case(n, h, v, "bf16", mode, head="real activations", inputs="real") for mode in MODES]
-    # after the first sweep over the heads
+    after = []
+    if real is not None:
+        n, h, v = min(real[0], 1024 if device == "cpu" else 4096), *real[1:]
+        after = [Case(n, h, v, "bf16", mode, head="real activations", inputs="real") for mode in MODES]
+    names = {case.name for case in found}
     at = len(found) if device == "cpu" else len(MODES) * (1 if quick else len(HEADS))
-    return found[:at] + extra + found[at:]
+    return [*found[:at], *after, *(case for case in extra if case.name not in names), *found[at:]]
+
+
+def sweep_cases(device: str, quick: bool) -> list[Case]:
+    """The points of the plot."""
+    sweep = SWEEPS[device, quick]
+    return [Case(*shape, "bf16", mode, sweep.head, sweep=True) for shape in sweep.shapes for mode in MODES[1:]]
+
+
+def growth_cases(device: str, quick: bool, budget_mib: float) -> list[Growth]:
+    """How many tokens fit, at the plot's H and V."""
+    sweep, most = SWEEPS[device, quick], MOST_TOKENS[device, quick]
+    return [Growth(sweep.h, sweep.v, "bf16", mode, budget_mib, most, head=sweep.head) for mode in MODES[1:]]
 
 
 def _cpu_cases(quick: bool) -> list[Case]:
-    shapes = CPU_SHAPES[:1] if quick else CPU_SHAPES
+    shapes = [CPU_QUICK] if quick else CPU_SHAPES
     return [Case(n, h, v, dtype, mode) for n, h, v in shapes for dtype in ("fp32", "bf16") for mode in MODES]
 
 

@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
-from bench.faults import attempt
-from bench.timing import MIB, Run, Timer
+from .faults import attempt
+from .timing import MIB, Run, Timer
 
 
 def rate(work: float, run: Run, timer: Timer, rounds: int = 7) -> float | None:
-    """`work` per millisecond, at the median of some rounds; None where it does not run here."""
-    took, _ = attempt(lambda: sorted(timer.once(run) for _ in range(rounds + 1))[rounds // 2])
+    """`work` per millisecond; None where it does not run here.
+
+    At the median of some rounds, or on a CPU, where other work makes some of them slow, at the best.
+    """
+    at = 0 if timer.device == "cpu" else rounds // 2
+    took, _ = attempt(lambda: sorted(timer.once(run) for _ in range(rounds + 1))[at])
     return None if not took else work / took
 
 
@@ -23,11 +27,18 @@ def copy_gbs(timer: Timer) -> float | None:
 
 
 def gemm_tflops(hidden: Tensor, weight: Tensor, timer: Timer) -> dict[str, float | None]:
-    """TFLOP/s of one product N x H x V in the operands' dtype, and with an fp32 result where torch has that."""
+    """TFLOP/s of one product N x H x V in the operands' dtype, and with an fp32 result where torch has that.
+
+    It writes over one result, which is there before: what a new one costs on a CPU (pages) is no arithmetic.
+    """
     flops = 2.0 * len(hidden) * weight.numel()
     results = {"gemm_tflops": {}, "gemm_fp32_out_tflops": {"out_dtype": torch.float32}}
     found: dict[str, float | None] = {}
     for name, options in results.items():
-        per_ms = rate(flops, lambda options=options: torch.mm(hidden, weight.t(), **options), timer)
+        out, _ = attempt(lambda options=options: torch.mm(hidden, weight.t(), **options))
+        if out is None:
+            found[name] = None
+            continue
+        per_ms = rate(flops, lambda options=options, out=out: torch.mm(hidden, weight.t(), out=out, **options), timer)
         found[name] = None if per_ms is None else per_ms / 1e9
     return found

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from bench.bounds import Work
-from bench.entries import Entry
-from bench.truth import Outputs, Truth
+from .bounds import Work
+from .entries import Entry
+from .truth import Outputs, Truth
 
 
 class AnyCase(Protocol):
@@ -38,6 +38,19 @@ class Comparison(ABC):
     @abstractmethod
     def operands(self) -> tuple[Tensor, Tensor]:
         """hidden (N, H) and weight (V, H), whose product's rate is the ceiling."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Scored tokens, N."""
+
+    @abstractmethod
+    def grown(self, size: int) -> "Comparison":
+        """The same inputs, repeated or cut to `size` units (`Growth`)."""
+
+    @abstractmethod
+    def sample(self, outputs: Outputs) -> tuple["Comparison", Outputs]:
+        """A small comparison of a few of these inputs, and what of `outputs` it can check."""
 
     @abstractmethod
     def step(self, entry: Entry, mode: str) -> Outputs:

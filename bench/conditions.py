@@ -55,6 +55,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """Of the checkout that this file is in; an installed package has none, whatever repository lies around it."""
+    if not (ROOT / ".git").exists():
+        return ""
     changed = "+dirty" if _output("git", "status", "--porcelain", "-uno") else ""
     return _output("git", "rev-parse", "--short=12", "HEAD") + changed
 

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bounds import Work
-from bench.comparison import Comparison
-from bench.dpo_peers import EAGER
-from bench.entries import Entry
-from bench.linear_logprob import own_plan, own_work
-from bench.pairs import BETA, IGNORE, Pairs
-from bench.truth import SAMPLE, Distribution, Outputs, Truth, spread
+from .bounds import Work, eager_bytes
+from .comparison import Comparison
+from .dpo_peers import EAGER
+from .entries import Entry
+from .linear_logprob import own_plan, own_work
+from .pairs import BETA, IGNORE, Pairs
+from .truth import SAMPLE, Distribution, Outputs, Truth, spread
 
 
 class DPOLosses(Comparison):
@@ -22,6 +22,26 @@ class DPOLosses(Comparison):
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
         return self.pairs.hidden.flatten(0, 1), self.pairs.weight
+
+    @property
+    def tokens(self) -> int:
+        return len(self.pairs.targets)
+
+    def grown(self, size: int) -> "DPOLosses":
+        have = len(self.pairs.labels) // 2
+        return DPOLosses(self.pairs.take([i % have for i in range(size)]))
+
+    def sample(self, outputs: Outputs) -> tuple["DPOLosses", Outputs]:
+        """The first and the last pair; their loss is that of their own rewards."""
+        b = len(self.pairs.labels) // 2
+        few = sorted({0, b - 1})
+        both = torch.tensor(few + [i + b for i in few], device=self.pairs.labels.device)
+        rewards = outputs["rewards"][both]
+        chosen, rejected = rewards.chunk(2)
+        loss = -F.logsigmoid(chosen - rejected).mean().view(1)
+        # the loss is a mean over pairs
+        dh = outputs["dh"].unflatten(0, (2 * b, -1))[both].flatten(0, 1) * (b / len(few))
+        return DPOLosses(self.pairs.take(few)), {"rewards": torch.cat((rewards, loss)), "dh": dh}
 
     def step(self, entry: Entry, mode: str) -> Outputs:
         """One forward and backward: rewards (the loss is the last of them), dh (2BT, H), dw."""
@@ -64,7 +84,7 @@ class DPOLosses(Comparison):
     def eager_outputs(self) -> Outputs:
         # pair by pair; the loss is a mean over pairs
         b = len(self.pairs.labels) // 2
-        parts = [DPOLosses(self.pairs.pair(i)).step(EAGER, "trained") for i in range(b)]
+        parts = [DPOLosses(self.pairs.take([i])).step(EAGER, "trained") for i in range(b)]
         rewards = torch.stack([part["rewards"] for part in parts])
         dh = torch.stack([part["dh"].unflatten(0, (2, -1)) for part in parts], 1) / b
         dw = (torch.stack([part["dw"].float() for part in parts]).sum(0) / b).to(self.pairs.weight.dtype)
@@ -76,7 +96,9 @@ class DPOLosses(Comparison):
         positions, size = self.pairs.labels.numel(), self.pairs.weight.element_size()
         if not entry.name.startswith("fastdpo"):
             # eager, and Liger, whose gradients are made in the forward; both on every position
-            return Work(2.0 * positions * h * v * {"frozen": 3, "trained": 4}[mode]), None
+            tiles = eager_bytes(mode, size) + eager_bytes("forward", size) if entry.name == "eager" else None
+            flops = 2.0 * positions * h * v * {"frozen": 3, "trained": 4}[mode]
+            return Work(flops, None if tiles is None else float(tiles * positions * v)), None
         flat, labels, options = self.pairs.hidden, self.pairs.labels, {}
         # finding the ignored labels would wait for a GPU
         n = len(self.pairs.rows) if labels.device.type == "cpu" else positions

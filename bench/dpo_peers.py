@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.entries import Entry, Factory, installed, own_version
-from bench.pairs import BETA, IGNORE, Pairs
+from .entries import Entry, Factory, installed, own_version
+from .pairs import BETA, IGNORE, Pairs
 
 
 def fastdpo(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

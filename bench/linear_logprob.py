@@ -5,16 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.bounds import Work, own_bytes, peer_work
-from bench.comparison import Comparison
-from bench.entries import Entry
-from bench.peers import EAGER
-from bench.timing import MIB
-from bench.truth import SAMPLE, Distribution, Outputs, Truth, spread
 from fastdpo.ops.linear_logprob import linear_logprob_plan
 from fastdpo.ops.plan import Plan
 
+from .bounds import Work, own_bytes, peer_work
+from .comparison import Comparison
+from .entries import Entry
+from .peers import EAGER
+from .timing import MIB
+from .truth import SAMPLE, Distribution, Outputs, Truth, spread
+
 BLOCK = 1024  # rows that eager takes at once where its errors are the measure
+UNIT = 16  # tokens that a trial grows by
 UPSTREAM = 1 / 16  # the same number in every dtype
 
 
@@ -30,6 +32,19 @@ class Logprobs(Comparison):
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
         return self.hidden, self.weight
+
+    @property
+    def tokens(self) -> int:
+        return len(self.labels)
+
+    def grown(self, size: int) -> "Logprobs":
+        rows = torch.arange(size * UNIT, device=self.labels.device) % len(self.labels)
+        return Logprobs(self.hidden[rows], self.weight, self.labels[rows], self.softcap)
+
+    def sample(self, outputs: Outputs) -> tuple["Logprobs", Outputs]:
+        """Some rows of logp and dh; dw is a sum over all."""
+        rows = spread(self.tokens, SAMPLE, self.labels.device)
+        return self._part(rows), {name: outputs[name][rows] for name in ("logp", "dh")}
 
     def step(self, entry: Entry, mode: str) -> Outputs:
         """One forward (and backward): logp, dh, dw."""
@@ -68,7 +83,7 @@ class Logprobs(Comparison):
             dw += outputs["dw"]
         return {"logp": torch.cat(logp), "dh": torch.cat(dh), "dw": dw.to(self.weight.dtype)}
 
-    def _part(self, rows: slice) -> "Logprobs":
+    def _part(self, rows: slice | Tensor) -> "Logprobs":
         part = Logprobs(self.hidden[rows], self.weight, self.labels[rows], self.softcap)
         part.upstream = self.upstream[rows]
         return part
@@ -76,7 +91,7 @@ class Logprobs(Comparison):
     def work(self, entry: Entry, mode: str) -> tuple[Work | None, float | None]:
         n, (v, h) = len(self.labels), self.weight.shape
         if not entry.name.startswith("fastdpo"):
-            return peer_work(entry.name, mode, n, h, v, self.weight.element_size()), None
+            return peer_work(entry.name, mode, n, h, v, self.weight.element_size(), self.softcap), None
         with entry.applied():
             plan = own_plan(self.hidden, self.weight, self.labels, mode, softcap=self.softcap)
         return own_work(plan, n, v, self.weight.element_size()), plan.peak_bytes / MIB

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.bounds import Work
-from bench.comparison import AnyCase, Comparison
-from bench.entries import Entry
-from bench.faults import attempt
-from bench.timing import Budget, Rounds, Timer, interleaved, peak_mib
-from bench.truth import Truth, passes
+from .bounds import Work
+from .comparison import AnyCase, Comparison
+from .entries import Entry
+from .faults import attempt
+from .timing import Budget, Rounds, Timer, interleaved, peak_mib
+from .traffic import Traffic
+from .truth import Truth, passes
 
 
 @dataclass
@@ -27,6 +28,9 @@ class Row:
     peak_mib: float = 0.0
     predicted_peak_mib: float | None = None
     work: Work | None = None
+    tokens: int = 0  # scored
+    moved: float | None = None  # bytes: of the operators on a CPU (`Traffic`), of the tiles elsewhere (`Work`)
+    bounded: bool = True  # the work's bytes go through device memory; on a CPU they may stay in its cache
     ceilings: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
@@ -35,20 +39,22 @@ class Row:
 
     @property
     def bound_ms(self) -> float | None:
-        if self.work is None:
+        if self.work is None or not self.bounded:
             return None
         return self.work.bound_ms(self.ceilings.get("gemm_tflops"), self.ceilings.get("copy_gbs"))
 
     def summary(self) -> dict[str, Any]:
         best, median = min(self.times), self.median_ms
         flops = self.work.flops if self.work else 0.0
-        gemm, bound = self.ceilings.get("gemm_tflops"), self.bound_ms
+        gemm, copy, bound = self.ceilings.get("gemm_tflops"), self.ceilings.get("copy_gbs"), self.bound_ms
+        gbs = self.moved / median / 1e6 if self.moved else None
         return {
             "case": self.case,
             "entry": self.entry,
             "version": self.version,
             "error": self.error,
             "row_errors": self.row_errors,
+            "tokens": self.tokens,
             "peak_mib": self.peak_mib,
             "tflop": flops / 1e12,
             "predicted_peak_mib": self.predicted_peak_mib,
@@ -57,10 +63,13 @@ class Row:
             "p20_ms": quantile(self.times, 0.2),
             "p80_ms": quantile(self.times, 0.8),
             "rounds": len(self.times),
-            "tflops": flops / best / 1e9 if flops else None,
+            "tflops": flops / median / 1e9 if flops else None,
             "path": self.work.path if self.work else "",
             "flop": flops,
-            "tile_bytes": self.work.tile_bytes if self.work else None,
+            "tile_bytes": self.work.tile_bytes if self.work and self.bounded else None,
+            "bytes": self.moved,
+            "gbs": gbs,
+            "copy_share": gbs / copy if gbs and copy else None,
             "gemm_share": flops / median / 1e9 / gemm if flops and gemm else None,
             "bound_ms": bound,
             "bound_share": bound / median if bound else None,
@@ -141,8 +150,16 @@ def _checked(
     if entry.settings and any(row.work == planned[0] for row in rows.values()):
         return None, "the default's own path"  # a forced form of ours is not timed twice
 
+    moved = None if planned[0] is None else planned[0].tile_bytes
+
     def run() -> tuple[dict[str, float], dict[str, float | None]]:
-        outputs = comparison.step(entry, case.mode)
+        nonlocal moved
+        if timer.device == "cpu":
+            with Traffic() as traffic:
+                outputs = comparison.step(entry, case.mode)
+            moved = float(traffic.bytes)
+        else:
+            outputs = comparison.step(entry, case.mode)
         timer.wait()
         return truth.errors(outputs), truth.row_errors(outputs)
 
@@ -157,5 +174,6 @@ def _checked(
         return None, reason
     work, predicted = planned
     row = Row(case.name, entry.name, entry.version, error, row_errors, peak_mib=peak, work=work)
-    row.predicted_peak_mib = predicted
+    row.predicted_peak_mib, row.tokens, row.moved = predicted, comparison.tokens, moved
+    row.bounded = timer.device != "cpu"
     return row, ""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.entries import Entry, Factory, LeftOut, installed, own_version
+from .entries import Entry, Factory, LeftOut, installed, own_version
 
 
 def fastdpo(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -81,7 +81,9 @@ def _liger(name: str) -> Entry:
     )
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-        return -liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="none", softcap=softcap)
+        loss = liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="none", softcap=softcap)
+        assert isinstance(loss, Tensor)  # more comes where more is asked for
+        return -loss
 
     return Entry(name, package, run)
 

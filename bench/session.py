@@ -4,33 +4,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import cases, pairs, real
-from bench.ceilings import copy_gbs, gemm_tflops
-from bench.comparison import Comparison
-from bench.dpo_loss import DPOLosses
-from bench.entries import Entry
-from bench.faults import attempt, device_lost
-from bench.linear_logprob import Logprobs
-from bench.measure import Missing, measure_case
-from bench.report import Report, table
-from bench.timing import Budget, Rounds, Timer
+from . import cases, pairs, real
+from .ceilings import copy_gbs, gemm_tflops
+from .comparison import Comparison
+from .dpo_loss import DPOLosses
+from .entries import Entry
+from .faults import attempt, device_lost
+from .largest import measure_growth
+from .linear_logprob import Logprobs
+from .measure import Missing, measure_case
+from .report import Report
+from .terminal import growth_table, table
+from .timing import Budget, Rounds, Timer
 
-Case = cases.Case | pairs.PairCase
+Case = cases.Case | pairs.PairCase | cases.Growth
+GROWN_FROM = 4096  # tokens that a growing input repeats, or
+PAIRS_FROM = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A device's defaults. `clock`: what ratios are of; `ceilings`: rates are measured and bounds reported."""
+    """A device's defaults. `clock`: what ratios are of."""
 
     rounds: Rounds
     minutes: float | None
     clock: str
-    ceilings: bool
 
 
 SETTINGS = {
-    "cpu": Settings(Rounds(8), None, "best_ms", ceilings=False),
-    "cuda": Settings(Rounds(20, slice_ms=400), 8, "median_ms", ceilings=True),
+    "cpu": Settings(Rounds(8), None, "best_ms"),
+    "cuda": Settings(Rounds(20, slice_ms=400), 8, "median_ms"),
 }
 
 
@@ -38,14 +41,25 @@ class Group:
     """Inputs, and the rates reached on them, of the cases that differ in their mode only."""
 
     def __init__(self, case: Case, timer: Timer, activations: Path | None, copy: float | None) -> None:
-        self.key = replace(case, mode="")
-        self.comparison, self.failure = attempt(lambda: _comparison(case, timer.device, activations))
+        self.key = group_key(case)
+        self.comparison, self.failure = attempt(lambda: comparison_of(case, timer.device, activations))
         self.ceilings: Mapping[str, float | None] = {}
-        if copy is not None and self.comparison is not None:
+        if self.comparison is not None and not isinstance(case, cases.Growth):
             self.ceilings = {"copy_gbs": copy, **gemm_tflops(*self.comparison.operands, timer)}
 
 
-def _comparison(case: Case, device: str, activations: Path | None) -> Comparison:
+def group_key(case: Case) -> Case:
+    return replace(case, mode="")
+
+
+def comparison_of(case: Case, device: str, activations: Path | None) -> Comparison:
+    """The inputs of a case, on a device; `activations`: the file of real ones."""
+    if isinstance(case, cases.Growth):
+        if case.length is None:
+            inputs = cases.peaked_inputs(GROWN_FROM, case.h, case.v, cases.DTYPES[case.dtype], device)
+            return Logprobs(*inputs)
+        base = pairs.PairCase(PAIRS_FROM, case.length, case.h, case.v, case.dtype, case.mode)
+        return DPOLosses(pairs.Pairs.of(base, device))
     if isinstance(case, pairs.PairCase):
         return DPOLosses(pairs.Pairs.of(case, device))
     if case.inputs == "real":
@@ -64,23 +78,27 @@ def run_cases(
     activations: Path | None = None,
 ) -> None:
     """Measures the cases in their order, printing and writing each when it is done."""
-    copy = copy_gbs(timer) if settings.ceilings else None
+    copy = copy_gbs(timer)
     group = None
     for case in planned:
         if budget.over:
             report.add(case, [], [Missing(case.name, "", "no time left")])
             continue
-        if group is None or group.key != replace(case, mode=""):
+        if group is None or group.key != group_key(case):
             group = None  # its inputs are freed before the next are made
             group = Group(case, timer, activations, copy)
+        rows, fits, missing, text = [], [], [], ""
         if group.comparison is None:
-            rows, missing = [], [Missing(case.name, "", f"no inputs: {group.failure}")]
+            missing = [Missing(case.name, "", f"no inputs: {group.failure}")]
+        elif isinstance(case, cases.Growth):
+            fits, missing = measure_growth(case, group.comparison, entries, timer, budget)
+            text = growth_table(case, fits, missing)
         else:
             rows, missing = measure_case(
                 case, group.comparison, entries, settings.rounds, timer, budget, group.ceilings
             )
-        print(table(case, rows, missing, settings.clock), flush=True)
-        report.add(case, rows, missing)
+        print(text or table(case, rows, missing, settings.clock), flush=True)
+        report.add(case, rows, missing, fits)
         lost = device_lost(timer.device) if missing else None
         if lost:
             print(f"the device is lost: {lost}; leave the entry that did it out with --entries, and run again")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.faults import attempt
+from .faults import attempt
 
 MIB = 1 << 20
 Run = Callable[[], object]

@@ -12,15 +12,16 @@ from functools import partial
 
 import torch
 
-from bench.cases import DTYPES, HEADS, peaked_inputs
-from bench.conditions import environment
-from bench.entries import Entry
-from bench.faults import attempt
-from bench.linear_logprob import Logprobs
-from bench.peers import fastdpo
-from bench.timing import Budget, Rounds, Timer, interleaved
-from bench.truth import passes
 from fastdpo.kernels.configs import GemmConfig, arch_of, candidates, override
+
+from .cases import DTYPES, HEADS, peaked_inputs
+from .conditions import environment
+from .entries import Entry
+from .faults import attempt
+from .linear_logprob import Logprobs
+from .peers import fastdpo
+from .timing import Budget, Rounds, Timer, interleaved
+from .truth import passes
 
 MODES = ("forward", "frozen")
 TOKENS = 4096

@@ -1,4 +1,4 @@
-"""The tree: the link and the mapping of kernels/, cheap imports, and imports that run one way."""
+"""The tree: the links and the mappings of kernels/ and bench/, cheap imports, and imports that run one way."""
 
 import ast
 import importlib
@@ -14,6 +14,7 @@ import fastdpo
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text()
+LINKED = ("kernels", "bench")
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -29,10 +30,15 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_kernels_is_a_plain_folder_behind_a_link():
-    assert os.readlink(ROOT / "fastdpo" / "kernels") == "../kernels"
+@pytest.mark.parametrize("name", LINKED)
+def test_a_plain_folder_is_behind_each_link(name: str):
+    assert os.readlink(ROOT / "fastdpo" / name) == f"../{name}"
     # with an __init__.py, a bare `kernels` would shadow Hugging Face's package from the project's root
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / name / "__init__.py").exists()
+    assert f'"fastdpo.{name}" = "{name}"' in PROJECT
+
+
+def test_tests_are_no_packages():
     assert not list(ROOT.glob("tests/**/__init__.py"))
     assert not (ROOT / "tests" / "kernels").exists()
 
@@ -48,9 +54,9 @@ def test_every_package_is_named_in_pyproject():
     there = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in (ROOT / "fastdpo").glob("**/__init__.py")
-        if "kernels" not in path.parts
+        if not set(LINKED) & set(path.parts)
     }
-    assert named == there | {"fastdpo.kernels"}
+    assert named == there | {"fastdpo.bench", "fastdpo.kernels"}
 
 
 def test_public_names_exist_and_are_listed_once():
@@ -80,7 +86,7 @@ def test_import_is_cheap():
     assert float(seconds) < 0.5  # about 0.02 on an idle machine
 
 
-# who may import whom: cli -> training -> data, modules -> losses, ops -> kernels
+# who may import whom: cli -> bench -> training -> data, modules -> losses, ops -> kernels
 ALLOWED = {
     "kernels": set(),
     "ops": {"kernels"},
@@ -90,13 +96,14 @@ ALLOWED = {
     "data": set(),
     "demo": {"ops", "losses", "data", "training"},
     "training": {"data", "modules", "losses", "ops"},
-    "cli": {"training", "data", "modules", "losses", "ops", "demo"},
+    "bench": {"training", "data", "modules", "losses", "ops", "kernels"},
+    "cli": {"bench", "training", "data", "modules", "losses", "ops", "demo"},
 }
 
 
 def layer_of(path: Path) -> str | None:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    layer = parts[0] if parts[0] == "kernels" else parts[1]
+    layer = parts[0] if parts[0] in LINKED else parts[1]
     return layer if layer in ALLOWED else None
 
 
@@ -110,7 +117,8 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-SOURCES = [p for folder in ("fastdpo", "kernels") for p in sorted((ROOT / folder).glob("**/*.py"))]
+SOURCES = sorted((ROOT / "fastdpo").glob("**/*.py"))
+SOURCES += [p for folder in LINKED for p in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if layer_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
@@ -120,6 +128,14 @@ def test_imports_run_one_way(path: Path):
     allowed = ALLOWED[layer] | {layer}
     names = {n for n in imports_of(path) if n in ALLOWED}
     assert names <= allowed, f"{path.name} ({layer}) imports {sorted(names - allowed)}"
+
+
+def test_the_suite_is_imported_under_one_name():
+    # as `bench` by python -m bench.run, as `fastdpo.bench` by everybody else: never as both
+    assert not [p.name for p in (ROOT / "bench").glob("*.py") if "bench" in imports_of(p)]
+    code = "import sys, {0}.benchmark; print(sorted({{m.split('.')[0] for m in sys.modules if '{1}' in m.split('.')}}))"
+    assert run_python(code.format("bench", "bench")) == "['bench']"
+    assert run_python(code.format("fastdpo.bench", "bench")) == "['fastdpo']"
 
 
 def test_the_definition_imports_nothing_of_ours():
@@ -137,5 +153,5 @@ def test_every_module_imports():
         if path.name == "__main__.py":
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(("fastdpo", *parts) if parts[0] == "kernels" else parts)
+        name = ".".join(("fastdpo", *parts) if parts[0] in LINKED else parts)
         importlib.import_module(name.removesuffix(".__init__"))

@@ -12,6 +12,7 @@ from fastdpo import __version__
 COMMANDS = {
     "train": "train a model on preference pairs with DPO",
     "doctor": "say what is installed, which path log-probs take and why, and test them on this machine",
+    "bench": "measure log-probs and DPO losses against every installed peer: time, memory, error",
 }
 
 _USAGE = """usage: fastdpo COMMAND [arguments]

@@ -1,0 +1,21 @@
+"""`dpo_loss` as a pytest benchmark: the quick cases of this machine's device, every installed entry."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastdpo.bench.dpo_peers import FACTORIES
+from fastdpo.bench.entries import Factory
+from fastdpo.bench.pairs import pair_cases
+from fastdpo.bench.session import Case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = pair_cases(DEVICE, quick=True)
+ENTRIES = [factory for factory in FACTORIES if DEVICE in factory.devices]
+
+
+@pytest.mark.parametrize("factory", ENTRIES, ids=lambda factory: factory.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_dpo_loss(case: Case, factory: Factory, measure: Callable[[Case, Factory], None]):
+    measure(case, factory)

@@ -1,0 +1,69 @@
+"""The suite with toy shapes: `bench.<module>`, and helpers that several tests share."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = [path.stem for path in (ROOT / "bench").glob("*.py")]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The suite's modules by name, with toy shapes and few rounds, and:
+
+    measured(out, *arguments, case=...) -> (exit code, record): a run without a plot and a search of the largest N,
+    unless the arguments ask for them; with_entry(name, function): one more entry in linear_logprob, beside ours and
+    eager; logprobs(n, h, v, dtype, softcap): inputs.
+    """
+    found = SimpleNamespace(**{name: import_module(f"fastdpo.bench.{name}") for name in MODULES})
+    monkeypatch.setattr(found.cases, "CPU_SHAPES", [(40, 16, 700)])
+    monkeypatch.setattr(found.cases, "CPU_QUICK", (40, 16, 700))
+    monkeypatch.setattr(found.pairs, "CPU_SHAPES", [(2, 24, 16, 700)])
+    monkeypatch.setattr(found.pairs, "CPU_QUICK", (2, 24, 16, 700))
+    for quick in (True, False):
+        sweep = found.cases.Sweep(20, 16, 300, (10, 20, 40), (150, 300, 600))
+        monkeypatch.setitem(found.cases.SWEEPS, ("cpu", quick), sweep)
+        sweep = found.pairs.PairSweep(2, 16, 16, 300, (8, 16, 32), (150, 300, 600))
+        monkeypatch.setitem(found.pairs.SWEEPS, ("cpu", quick), sweep)
+        monkeypatch.setitem(found.cases.MOST_TOKENS, ("cpu", quick), 1024)
+    rounds = found.timing.Rounds(2, least=1, slice_ms=400)
+    monkeypatch.setitem(found.session.SETTINGS, "cpu", replace(found.session.SETTINGS["cpu"], rounds=rounds))
+    found.measured = _measured(found)
+    found.with_entry = _with_entry(found, monkeypatch)
+    found.logprobs = _logprobs(found)
+    return found
+
+
+def _measured(bench: SimpleNamespace) -> Callable[..., tuple[int, dict[str, Any]]]:
+    def measured(out: Path, *arguments: str, case: str = "linear_logprob") -> tuple[int, dict[str, Any]]:
+        plot = [] if "--plot" in arguments else ["--no_plot"]
+        memory = [] if "--memory_budget" in arguments else ["--memory_budget", "0"]
+        status = bench.run.main([case, "--device", "cpu", "--out", str(out), *plot, *memory, *arguments])
+        (path,) = out.glob(f"{case}_cpu_*.json")
+        return status, json.loads(path.read_text())
+
+    return measured
+
+
+def _with_entry(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    def with_entry(name: str, function: Any) -> None:
+        factory = bench.entries.Factory(name, lambda name: bench.entries.Entry(name, "version 1", function))
+        kept = [f for f in bench.peers.FACTORIES if f.name in ("fastdpo", "eager") and f.name != name]
+        monkeypatch.setattr(bench.peers, "FACTORIES", (*kept, factory))
+
+    return with_entry
+
+
+def _logprobs(bench: SimpleNamespace) -> Callable[..., Any]:
+    def logprobs(n: int, h: int, v: int, dtype: torch.dtype, softcap: float | None = None) -> Any:
+        return bench.linear_logprob.Logprobs(*bench.cases.peaked_inputs(n, h, v, dtype, "cpu"), softcap)
+
+    return logprobs

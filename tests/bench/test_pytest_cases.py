@@ -1,0 +1,60 @@
+"""The same cases as pytest benchmarks: `pytest bench --benchmark-only`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_pytest(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--benchmark-only", *arguments],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_case_is_checked_and_timed_with_its_error_and_memory(tmp_path):
+    # the name of one case in both files: the quick shapes of this machine's device
+    chosen = "bf16-forward-eager or (dpo and frozen and rows)"
+    out = tmp_path / "b.json"
+    run_pytest("-k", chosen, f"--benchmark-json={out}")
+    found = {b["name"]: b for b in json.loads(out.read_text())["benchmarks"]}
+    names = {name.partition("[")[0] for name in found}
+    assert names == {"test_linear_logprob", "test_dpo_loss"}
+    for name, one in found.items():
+        told = one["extra_info"]
+        assert one["group"].replace(" ", "-") in name
+        assert one["stats"]["rounds"] == 3
+        assert told["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert told["peak_mib"] > 0
+        assert told["flop"] > 0
+        assert told["tokens"] > 0
+        assert max(told["error"].values()) < 0.2
+
+
+def test_cases_and_entries_are_the_suites(bench, monkeypatch):
+    monkeypatch.undo()  # its own shapes, not the toy ones
+    listed = [line.partition("::")[2] for line in run_pytest("--collect-only").splitlines() if "::" in line]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = [
+        f"test_{name}[{case.name.replace(' ', '-')}-{factory.name.replace(' ', '-')}]"
+        for name, cases, factories in (
+            ("dpo_loss", bench.pairs.pair_cases(device, quick=True), bench.dpo_peers.FACTORIES),
+            ("linear_logprob", bench.cases.cases(device, quick=True), bench.peers.FACTORIES),
+        )
+        for case in cases
+        for factory in factories
+        if device in factory.devices
+    ]
+    assert listed == wanted

@@ -1,0 +1,114 @@
+"""README: tables and figures are what bench/results says."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+
+def cuda_file(folder: Path, case: str, **shape: object) -> Path:
+    """A result file as a run on a GPU leaves it."""
+    rows = [
+        {"case": f"{mode}", "entry": entry, "version": f"{entry} 1", "dtype": "bf16", "mode": mode, "head": "Toy-1B"}
+        | {"h": 64, "v": 900, "error": {"logp": 1e-5}, "peak_mib": peak, "best_ms": ms - 0.5, "median_ms": ms, **shape}
+        for mode in ("frozen", "trained")
+        for entry, ms, peak in (("fastdpo", 2.0, 10.0), ("trl", 3.0, 40.0), ("liger", 4.0, 80.0))
+        if (mode, entry) != ("trained", "liger")
+    ]
+    environment = {"device": "GPU X", "driver": "580", "cuda": "13.0", "torch": "2.13", "commit": "abc", "date": "D"}
+    missing = [{"case": "trained", "entry": "liger", "reason": "out of memory"}]
+    record = {"rows": rows, "environment": {**environment, "command": "C"}, "missing": missing, "complete": True}
+    path = folder / f"{case}_cuda_20990101.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_gpus_table_says_what_was_measured_and_what_was_not(bench, tmp_path):
+    lines = bench.tables.cuda_table(cuda_file(tmp_path, "linear_logprob", n=4096)).splitlines()
+    assert lines[2] == (
+        "| Toy-1B (64 x 900) frozen | 2.00, 10, 1e-05 | 3.00 (1.50 x), 40, 1e-05 | 4.00 (2.00 x), 80, 1e-05 |"
+    )
+    assert lines[3] == "| Toy-1B (64 x 900) trained | 2.00, 10, 1e-05 | 3.00 (1.50 x), 40, 1e-05 | out of memory |"
+    assert lines[5] == (
+        "4096 scored tokens, bf16, medians; GPU X, driver 580, CUDA 13.0; torch 2.13; fastdpo 1, trl 1, liger 1; "
+        "commit abc; D; `C`. Not everything was measured: linear_logprob_cuda_20990101.json says what."
+    )
+
+
+def test_readme_has_gpu_tables_only_where_there_are_results(bench, tmp_path, monkeypatch):
+    tables = bench.tables
+    readme = f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    empty = tables.rendered(readme)
+    assert empty == f"before\n\n{tables.START}\n{tables.END}\n\nafter\n"
+    cuda_file(tmp_path, "linear_logprob", n=4096)
+    one = tables.rendered(readme)
+    assert one.startswith(f"before\n\n{tables.START}\n{tables.END}\n\n{tables.CUDA_START}\n| head, mode |")
+    assert one.endswith(f"{tables.END}\n\nafter\n")
+    assert tables.rendered(one) == one
+    other = cuda_file(tmp_path, "dpo_loss", pairs=4, length=1024)
+    both = tables.rendered(one)
+    assert both.count("| head, mode |") == 2
+    assert "4 pairs of 1024 positions, bf16" in both
+    assert tables.rendered(both) == both
+    other.unlink()
+    assert tables.rendered(both) == one
+    next(iter(tmp_path.glob("*"))).unlink()
+    assert tables.rendered(one) == empty
+
+
+def test_a_cpu_run_renders_as_a_table(bench, tmp_path):
+    bench.measured(tmp_path, "--rounds", "1", "--quick")
+    (path,) = tmp_path.glob("*.json")
+    table = bench.tables.table(path)
+    assert table.count("\n| 40x16x700") == 6
+    assert "these ratios are CPU ratios" in table
+
+
+def test_points_of_a_plot_are_a_figure_and_no_rows_of_the_table(bench, tmp_path):
+    bench.measured(tmp_path, "--rounds", "1", "--plot", "--memory_budget", "1", "--entries", "fastdpo,eager")
+    (path,) = tmp_path.glob("*.json")
+    table = bench.tables.table(path)
+    assert table.count("\n| 40x16x700") == 6
+    assert "x16x150" not in table
+    figure = f"![linear_logprob: time and peak memory against N and V](bench/results/{path.stem}.png)"
+    assert table.splitlines()[-1] == figure
+    assert "needs at most 1 MiB above its inputs" in table
+    fits = {(f["entry"], f["mode"]): f for f in json.loads(path.read_text())["largest"]}
+    cells = [
+        f"{fits[name, 'trained']['n']} ({fits[name, 'trained']['peak_mib']:.0f} MiB)" for name in ("fastdpo", "eager")
+    ]
+    assert f"| 16 x 300, bf16 trained | {' | '.join(cells)} |" in table
+
+
+def test_readme_renders_every_case_and_draws_their_figures(bench, tmp_path, monkeypatch, capsys):
+    tables = bench.tables
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert tables.main() == 1
+    assert "README and its results are in the checkout, not in the package" in capsys.readouterr().err
+    readme.write_text(f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n")
+    for case in ("linear_logprob", "dpo_loss"):
+        bench.measured(results, "--rounds", "1", "--plot", "--entries", "fastdpo,eager", case=case)
+    for path in results.glob("*.png"):
+        path.unlink()
+    assert tables.main() == 0
+    text = readme.read_text()
+    assert tables.rendered(text) == text
+    assert "\n| N x H x V, dtype, mode | fastdpo" in text
+    assert "\n| pairs, T x H x V, dtype, mode | fastdpo" in text
+    for path in results.glob("*.json"):
+        assert f"(bench/results/{path.stem}.png)" in text
+        record = json.loads(path.read_text())
+        assert Image.open(path.with_suffix(".png")).info[bench.plot.DIGEST] == bench.plot.digest(record)
+
+
+def test_the_figures_of_readme_are_drawn_from_its_results(bench):
+    readme = (bench.tables.ROOT / "README.md").read_text()
+    for path in bench.tables.shown():
+        record = json.loads(path.read_text())
+        assert (f"(bench/results/{path.stem}.png)" in readme) is bench.plot.can_draw(record)
+        if bench.plot.can_draw(record):
+            image = Image.open(path.with_suffix(".png"))
+            assert image.info[bench.plot.DIGEST] == bench.plot.digest(record), "run `python -m bench.tables`"
