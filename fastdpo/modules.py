@@ -41,7 +41,7 @@ class DPOLoss(nn.Module):
         self.options = LossOptions(loss_type, beta, label_smoothing, loss_weights, **options)
         for name in ("use_weighting", "ld_alpha"):
             value = getattr(self.options, name)
-            if value not in (None, False) and not self.sees_tokens:
+            if value is not None and value is not False and not self.sees_tokens:
                 raise ValueError(
                     f"DPOLoss: {name}={value!r} needs the log-probs of each token, and this loss gets their sums; use "
                     "FusedLinearDPOLoss or DPOTrainer."
@@ -116,8 +116,13 @@ class FusedLinearDPOLoss(DPOLoss):
         shift: bool = False,
         **options: Any,
     ) -> None:
-        options = {"aggregate": "mean" if average else "sum", **options}
+        if average:
+            options = {"aggregate": "mean", **options}
         super().__init__(loss_type, beta, label_smoothing, loss_weights, **options)
+        if average and self.options.aggregate != "mean":
+            raise ValueError(
+                f"average=True is aggregate='mean', and aggregate={self.options.aggregate!r} was given too."
+            )
         self.ignore_index = ignore_index
         self.head = {
             "temperature": temperature,
@@ -145,7 +150,8 @@ class FusedLinearDPOLoss(DPOLoss):
             weight: (V, H); bias: (V,).
             hidden: (2B, T, H), chosen rows first, then rejected; labels: (2B, T), aligned unless `shift`.
             ref_hidden, ref_weight, ref_bias: the reference policy's; its head defaults to the policy's.
-            ref_logps: (2B,) instead of ref_hidden: log-probs of the reference, made with the same `average`.
+            ref_logps: (2B,) instead of ref_hidden: log-probs of the reference, made with the same `average`
+                (and, under LD-DPO, the same weights of tokens).
             lora: (u, B) of a LoRA on the policy's head, see `linear_logprob`; a reference whose head is the policy's
                 goes without it, as with the adapter switched off.
 

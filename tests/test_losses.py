@@ -115,7 +115,12 @@ def test_rewards():
     # without a reference: the policy's log-probs, per token where the loss takes them so
     out = preference_loss(ONE, "simpo", 2.0)
     assert (float(out.chosen_rewards), float(out.rejected_rewards)) == pytest.approx((-5.0, -8.0))
-    out = preference_loss(ONE, "cpo", 0.5)
+    for options in ({}, {"reference_free": True}):
+        out = preference_loss(ONE, "simpo", 2.0, **options)
+        assert (float(out.chosen_rewards), float(out.rejected_rewards)) == pytest.approx((-5.0, -8.0))
+    out = preference_loss(ONE, ["cpo", "simpo"], 0.5)
+    assert (float(out.chosen_rewards), float(out.rejected_rewards)) == pytest.approx((-5.0, -10.0))
+    out = preference_loss(ONE, "sigmoid", 0.5, reference_free=True)
     assert (float(out.chosen_rewards), float(out.rejected_rewards)) == pytest.approx((-5.0, -10.0))
 
 
@@ -232,6 +237,78 @@ def test_kto_pair_has_no_gradient_through_its_kl_term():
     assert chosen.grad.tolist() == pytest.approx([-0.5 * 0.5 * p * (1 - p), 0.0])
 
 
+# three pairs of other lengths, beta 0.5: what a mean over the batch or a sort does shows here
+THREE = pairs(
+    (-4.0, -9.0, -7.0, -8.0), (-6.0, -3.0, -5.0, -5.5), (-2.0, -5.0, -1.0, -9.0), lengths=([4, 1, 2], [5, 2, 8])
+)
+
+
+def test_batch_statistics_by_hand():
+    u_w, u_l = [3.0, -1.0, -1.0], [-1.0, 2.5, 4.0]
+    z_w, z_l = sum(u_w) / 3, sum(u_l) / 3
+    kto = [0.5 * s(-0.5 * (w - z_l)) + 0.5 * s(-0.5 * (z_w - r)) for w, r in zip(u_w, u_l, strict=True)]
+    assert preference_loss(THREE, "kto_pair", 0.5).losses.tolist() == pytest.approx(kto)
+    # means below 0 count as 0
+    worse = THREE._replace(ref_chosen=THREE.chosen + 1, ref_rejected=THREE.rejected + 1)
+    flat = [0.5 * s(0.5) + 0.5 * s(-0.5)] * 3
+    assert preference_loss(worse, "kto_pair", 0.5).losses.tolist() == pytest.approx(flat)
+    nll = 12 / 7  # all chosen tokens weigh the same: not the mean of 1, 6 and 1
+    assert preference_loss(THREE, "sft").losses.tolist() == pytest.approx([nll] * 3)
+    margins = [5.0, -3.0, 3.0]
+    cpo = [-log_sigmoid(0.5 * m) + nll for m in margins]
+    assert preference_loss(THREE, "cpo", 0.5).losses.tolist() == pytest.approx(cpo)
+    unpaired = [-log_sigmoid(0.5 * (a - b)) for a, b in zip(sorted(u_w), sorted(u_l), strict=True)]
+    assert preference_loss(THREE, "aot_unpaired", 0.5).losses.tolist() == pytest.approx(unpaired)
+    policy, reference = sorted(margins), sorted([1.0, 0.5, 8.0])
+    paired = [-log_sigmoid(0.5 * (a - b)) for a, b in zip(policy, reference, strict=True)]
+    assert preference_loss(THREE, "aot", 0.5).losses.tolist() == pytest.approx(paired)
+    weighed = THREE._replace(chosen_nll_sum=2 * THREE.chosen)
+    with_ftx = preference_loss(weighed, "hinge", 0.5, ld_alpha=0.5, pref_ftx=1.0).losses
+    without = preference_loss(weighed, "hinge", 0.5, ld_alpha=0.5).losses
+    assert (with_ftx - without).tolist() == pytest.approx([2.0, 12.0, 2.0])
+
+
+def test_the_weight_of_a_pair_has_no_gradient():
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    chosen = THREE.chosen.clone().requires_grad_()
+    logps = THREE._replace(chosen=chosen, pair_weight=weight)
+    preference_loss(logps, use_weighting=True).losses.sum().backward()
+    assert weight.grad is None
+    assert chosen.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_extremes_stay_finite(name, dtype):
+    """Log-ratios of 100 nats either way, certain tokens (log-prob 0) and empty completions."""
+    chosen = torch.tensor([-300.0, -100.0, 0.0, -50.0], dtype=dtype, requires_grad=True)
+    rejected = torch.tensor([-100.0, -300.0, -50.0, 0.0], dtype=dtype, requires_grad=True)
+    reference = torch.tensor([-200.0, -200.0, 0.0, 0.0], dtype=dtype)
+    lengths = torch.tensor([30, 30, 0, 5]), torch.tensor([30, 30, 5, 0])
+    out = preference_loss(PairLogps(chosen, rejected, reference, reference, *lengths), name, 0.3)
+    assert out.losses.dtype == torch.float32
+    out.losses.sum().backward()
+    for x in (out.losses, chosen.grad, rejected.grad):
+        assert x is None or torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if loss.f_divergence and not loss.nll])
+@pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence"])
+def test_every_loss_under_every_divergence_has_its_gradient(name, kind):
+    inputs = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    lengths = torch.tensor([3, 1, 2, 5]), torch.tensor([2, 2, 4, 1])
+    assert torch.autograd.gradcheck(
+        lambda *x: preference_loss(PairLogps(*x, *lengths), name, 0.4, f_divergence_type=kind).losses, inputs
+    )
+
+
+def test_a_term_of_weight_0_is_left_out():
+    far = PairLogps(*(torch.tensor([x]) for x in (-1e30, 0.0, 0.0, 0.0)))
+    out = preference_loss(far, ["hinge", "sppo_hard"], loss_weights=[1.0, 0.0])
+    assert torch.isfinite(out.losses).all()
+    assert preference_loss(SOME, "hinge", loss_weights=[0.0]).losses.tolist() == [0.0] * 3
+
+
 def test_ld_weights_and_wpo_weights():
     # two pairs: chosen lengths 3 and 1, rejected 1 and 2
     offsets = torch.tensor([0, 3, 4, 5, 7])
@@ -279,6 +356,9 @@ def test_step_zero_loss_is_ln_2_to_the_last_bit():
             {"f_divergence_type": "reverse"},
             r"must be one of .*got 'reverse'. Did you mean 'reverse_kl'",
         ),
+        ({"loss_type": [["sigmoid"]]}, r"loss_type must be a name or a list of names, got \[\['sigmoid'\]\]"),
+        ({"cpo_alpha": None}, r"cpo_alpha must be a number >= 0, got None"),
+        ({"use_weighting": "no"}, r"use_weighting must be True or False, got 'no'"),
         ({"aggregate": "avg"}, r"aggregate must be one of sum, mean, got 'avg'"),
         (
             {"loss_type": "simpo", "f_divergence_type": "forward_kl"},
@@ -391,6 +471,12 @@ def test_unfused_module_is_the_same_formula():
         assert torch.equal(loss, out.losses.mean())
     with pytest.raises(ValueError, match="ipo compares with a reference; pass ref_logps"):
         DPOLoss("ipo")(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"ld_alpha=0\.0 needs"):
+        DPOLoss(ld_alpha=0.0)
+    with pytest.raises(ValueError, match="weighs tokens before their sum"):
+        preference_loss(SOME, ld_alpha=0.3)
+    with pytest.raises(ValueError, match="average=True is aggregate='mean'"):
+        FusedLinearDPOLoss(average=True, aggregate="sum")
     with pytest.raises(ValueError, match=r"ld_alpha=0\.5 needs the log-probs of each token"):
         DPOLoss(ld_alpha=0.5)
     with pytest.raises(ValueError, match="sft is a mean over tokens and needs chosen_len"):

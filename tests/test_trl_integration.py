@@ -1,5 +1,6 @@
 """`patch_trl`: TRL's trainers through fastdpo, against TRL's own function, float64 and logits."""
 
+import copy
 import functools
 import importlib
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -628,6 +630,58 @@ def test_a_lora_on_the_head_is_never_left_out_in_silence(monkeypatch):
     with pytest.raises(RuntimeError, match="patch_trl was undone while"):
         model(**inputs, fused_lm_head=True)
     assert model(input_ids=inputs["input_ids"]).logits.shape == (3, 11, 97)
+
+
+def own_scores(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Log-probs of TRL's positions from the logits of the model's own forward; 0 where not scored."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # of the class: without fused_lm_head TRL's forward runs the model that it was made for, of a copy too
+    logits = type(base).forward(base, inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return found.masked_fill(labels < 0, 0.0).detach()
+
+
+def test_a_lora_on_the_head_is_that_of_the_model_that_is_called():
+    inputs = batch()
+    with patch_trl():
+        model = lora_model().double()
+        utils.add_fused_lm_head(model.get_base_model())
+        copied = copy.deepcopy(model)
+        for name, parameter in copied.named_parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter) if "lora" in name else 0.1
+        out = copied(**inputs, fused_lm_head=True)
+        torch.testing.assert_close(out.log_probs.detach(), own_scores(copied, inputs), rtol=0, atol=1e-8)
+        out.loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+        # a plain model after one with an adapter
+        plain = small_model(num_hidden_layers=2).double()
+        utils.add_fused_lm_head(plain)
+        model(**inputs, fused_lm_head=True)
+        found = plain(**inputs, fused_lm_head=True).log_probs.detach()
+        torch.testing.assert_close(found, own_scores(plain, inputs), rtol=0, atol=1e-8)
+        # an adapter that comes after the fused head
+        late = get_peft_model(plain, lora_on_the_head())
+        for name, parameter in late.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.3)
+        found = late(**inputs, fused_lm_head=True).log_probs.detach()
+        torch.testing.assert_close(found, own_scores(late, inputs), rtol=0, atol=1e-8)
+        merged = late.merge_and_unload()
+    # nothing of an adapter is left, so TRL alone may go on
+    merged(**inputs, fused_lm_head=True)
+
+
+def test_threads_may_patch_at_once():
+    def work() -> None:
+        for _ in range(20):
+            with patch_trl():
+                assert utils._ChunkedLogProbFunction.__name__ == "ChunkedLogProb"
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(work) for _ in range(6)]:
+            done.result()
+    assert utils._ChunkedLogProbFunction.__name__ != "ChunkedLogProb"
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")

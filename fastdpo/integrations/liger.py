@@ -143,6 +143,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
             TypeError, ValueError: operands that do not go together; see also `fastdpo.linear_logprob`.
         """
         self._check(_input, target, ref_input, ref_weight)
+        target = target.long()
         sums = sequence_logprob(_input, lin_weight, target, bias=bias, ignore_index=self.ignore_index)
         lengths = (target != self.ignore_index).sum(-1)
         logps = self._aggregate(sums, lengths)

@@ -145,6 +145,10 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             self.ignore_index,
             reduction=self.reduction,
             softcap=self.softcap,
+            lse_square_scale=self.lse_square_scale,
+            label_smoothing=self.label_smoothing,
+            return_z_loss=self.return_z_loss,
+            return_predicted_tokens=self.return_predicted_tokens,
             use_token_scaling=self.use_token_scaling,
             return_token_accuracy=self.return_token_accuracy,
         )

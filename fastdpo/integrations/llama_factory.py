@@ -98,8 +98,7 @@ def patch_llama_factory() -> LlamaFactoryPatch:
             ) from error
         version = str(getattr(package, "__version__", "an unknown version"))
         wanted = f"patch_llama_factory works with {WORKS_WITH}, {version} is installed"
-        patch_level = re.match(r"0\.9\.(\d+)", version)
-        if patch_level is None or int(patch_level[1]) < 3:
+        if not re.match(r"0\.9\.[345](?!\d)", version):
             raise ImportError(f"{wanted}.")
         module = importlib.import_module("llamafactory.train.dpo.trainer")
         missing = [name for name in METHODS if not hasattr(module.CustomDPOTrainer, name)]
@@ -281,7 +280,10 @@ def main() -> None:
         sys.exit("usage: python -m fastdpo.integrations.llama_factory CONFIG.yaml [name=value ...]")
     logging.getLogger("fastdpo").setLevel(logging.INFO)
     logging.getLogger("fastdpo").addHandler(logging.StreamHandler())
-    patch_llama_factory()
+    try:
+        patch_llama_factory()
+    except ImportError as error:
+        sys.exit(str(error))
     importlib.import_module("llamafactory.train.tuner").run_exp()
 
 

@@ -4,8 +4,9 @@ In `train_dpo.py` (or its notebook) replace the two definitions by
 
     from fastdpo.integrations.minimind import dpo_loss, logits_to_log_probs
 
-and nothing else changes. Where the model's final hidden states are at hand, the logits need not exist: minimind's
-model returns them, and computes logits of the last position only if asked so:
+and in minimind up to March 2026 nothing else changes; later ones (minimind-3) sum over tokens, which takes
+`aggregate="sum"` in the call of `dpo_loss`. Where the model's final hidden states are at hand, the logits need not
+exist: minimind's model returns them, and computes logits of the last position only if asked so:
 
     outputs = model(x, logits_to_keep=1)
     policy_log_probs = hidden_to_log_probs(outputs.hidden_states, model.lm_head.weight, y, mask)
@@ -115,4 +116,4 @@ def masked_preference(
         return sums / lengths.where(lengths != 0, torch.ones_like(lengths))
 
     policy, reference = of_rows(policy_log_probs).chunk(2), of_rows(ref_log_probs).chunk(2)
-    return preference_loss(PairLogps(*policy, *reference), "sigmoid", beta)
+    return preference_loss(PairLogps(*policy, *reference), "sigmoid", float(beta))

@@ -29,6 +29,7 @@ import importlib
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,6 +41,7 @@ from fastdpo.integrations.trl_head import OUTPUTS, ChunkedLogProb, EntropyOnDema
 from fastdpo.ops.logprob import logprob
 
 logger = logging.getLogger(__name__)
+_EXCHANGE = threading.RLock()
 
 WORKS_WITH = "TRL 0.15 to 1.13, 1.15 and 1.16"
 # whose check of the head lets a plain LoRA pass
@@ -70,13 +72,14 @@ class TrlPatch:
 
     def undo(self) -> None:
         """Puts back what was found, unless another `patch_trl()` still wants the patch; a second call does nothing."""
-        if self not in self._in_force:
-            return
-        self._in_force.remove(self)
-        if not self._in_force:
-            for binding in self._bindings:
-                binding.exchange(binding.ours, binding.theirs)
-            self._bindings.clear()
+        with _EXCHANGE:
+            if self not in self._in_force:
+                return
+            self._in_force.remove(self)
+            if not self._in_force:
+                for binding in self._bindings:
+                    binding.exchange(binding.ours, binding.theirs)
+                self._bindings.clear()
 
     def __enter__(self) -> "TrlPatch":
         return self
@@ -88,6 +91,8 @@ class TrlPatch:
 def patch_trl() -> TrlPatch:
     """TRL's trainers compute through fastdpo from here on, those that were built before as well.
 
+    Names that code of yours took from TRL's modules before are its own: import `add_fused_lm_head` after the patch.
+
     Returns:
         A handle: `.undo()` ends it, and so does leaving `with patch_trl():`, also by an exception. Calls may be
         repeated and nested; the patch lasts until each of them is undone.
@@ -95,19 +100,24 @@ def patch_trl() -> TrlPatch:
     Raises:
         ImportError: TRL is not installed, or not a version that this fastdpo knows; the sentence names those.
     """
-    if not TrlPatch._in_force:
-        try:
-            trl = importlib.import_module("trl")
-        except ImportError as error:
-            raise ImportError(f"patch_trl works with {WORKS_WITH}, and TRL cannot be imported: {error}") from error
-        what, bindings = _recognise(trl.__version__, importlib.import_module("trl.trainer.utils"))
-        for binding in bindings:
-            binding.exchange(binding.theirs, binding.ours)
-        TrlPatch._bindings[:] = bindings
-        logger.info(f"TRL {trl.__version__}: {what} computes through fastdpo.")
-    handle = TrlPatch()
-    TrlPatch._in_force.append(handle)
-    return handle
+    with _EXCHANGE:
+        if not TrlPatch._in_force:
+            _put_in_force()
+        handle = TrlPatch()
+        TrlPatch._in_force.append(handle)
+        return handle
+
+
+def _put_in_force() -> None:
+    try:
+        trl = importlib.import_module("trl")
+    except ImportError as error:
+        raise ImportError(f"patch_trl works with {WORKS_WITH}, and TRL cannot be imported: {error}") from error
+    what, bindings = _recognise(trl.__version__, importlib.import_module("trl.trainer.utils"))
+    for binding in bindings:
+        binding.exchange(binding.theirs, binding.ours)
+    TrlPatch._bindings[:] = bindings
+    logger.info(f"TRL {trl.__version__}: {what} computes through fastdpo.")
 
 
 def _recognise(version: str, utils: ModuleType) -> tuple[str, list[Binding]]:

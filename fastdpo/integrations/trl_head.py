@@ -8,7 +8,7 @@ import importlib
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,22 +146,23 @@ def with_lora(theirs: Callable[..., None]) -> Callable[..., None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         theirs(model, *args, **kwargs)
-        if not isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            return
-        fused = model.forward
+        fused = model.forward.__func__  # of the instance that is called: a deep copy of the model has its own
 
         # generate() and Trainer read the signature
         @functools.wraps(type(model).forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            head = self.get_output_embeddings()
+            if not kwargs.get("fused_lm_head") or not isinstance(head, BaseTunerLayer):
+                return fused(self, *args, **kwargs)
             utils = importlib.import_module("trl.trainer.utils")
-            if kwargs.get("fused_lm_head") and utils._ChunkedLogProbFunction is not ChunkedLogProb:
+            if utils._ChunkedLogProbFunction is not ChunkedLogProb:
                 raise RuntimeError(
                     "patch_trl was undone while a model with a LoRA on lm_head trains, and without it TRL leaves that "
                     "LoRA out of the log-probs; undo it after training."
                 )
-            token = _tuned_head.set(self.get_output_embeddings())
+            token = _tuned_head.set(cast(nn.Module, head))
             try:
-                return fused(*args, **kwargs)
+                return fused(self, *args, **kwargs)
             finally:
                 _tuned_head.reset(token)
 

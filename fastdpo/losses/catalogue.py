@@ -182,7 +182,7 @@ def sft(logps: PairLogps, options: "LossOptions") -> Tensor:
     """The negative log-likelihood of the chosen completions, a mean over the tokens of the micro-batch as in TRL.
 
     Each of the (B,) entries is that mean: the term of MPO (arXiv:2411.10442) and RPO. LD-DPO's weights and WPO's do not
-    apply to it.
+    apply to it (TRL 1.16 multiplies it by WPO's, which its own in-place product refuses for more than one pair).
     """
     return token_nll(logps).expand(len(logps.chosen))
 
@@ -226,8 +226,8 @@ def _log1mexp(x: Tensor) -> Tensor:
 def cpo(logps: PairLogps, options: "LossOptions") -> Tensor:
     """CPO, arXiv:2401.08417: `-log s(beta (p_w - p_l)) + cpo_alpha NLL(y_w)`.
 
-    The likelihood term is a mean over the chosen tokens of the micro-batch, as in TRL's CPOTrainer. `label_smoothing`
-    as for sigmoid.
+    The likelihood term is a mean over the chosen tokens of the micro-batch, as in TRL's CPOTrainer; WPO's weights apply
+    to the whole. `label_smoothing` as for sigmoid.
     """
     return smoothed(
         options.beta * (logps.chosen - logps.rejected), options.label_smoothing

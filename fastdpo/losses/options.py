@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 
 from fastdpo.losses.catalogue import ALIASES, EXO_SMOOTHING, LOSSES, Loss
 
@@ -75,6 +76,8 @@ class LossOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.loss_type, (str, list, tuple)):
             raise ValueError(f"loss_type must be a name or a list of names, got {self.loss_type!r}.")
+        if not all(isinstance(name, str) for name in self.loss_type):
+            raise ValueError(f"loss_type must be a name or a list of names, got {self.loss_type!r}.")
         if not self.names:
             raise ValueError(f"loss_type is empty; choose from {', '.join(LOSSES)}.")
         self._check_numbers()
@@ -94,8 +97,11 @@ class LossOptions:
             raise ValueError(f"f_alpha_divergence_coef must be a number, got {self.f_alpha_divergence_coef!r}.")
         for name in ("simpo_gamma", "cpo_alpha", "rpo_alpha", "pref_ftx"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value >= 0):
+            if not (_is_number(value) and value >= 0) and not (value is None and name == "rpo_alpha"):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+        for name in ("use_weighting", "reference_free"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.ld_alpha is not None and not (_is_number(self.ld_alpha) and 0 <= self.ld_alpha <= 1):
             raise ValueError(
                 f"ld_alpha must be in [0, 1], got {self.ld_alpha!r}; 1 is plain DPO, unset leaves LD-DPO out."
@@ -139,7 +145,7 @@ class LossOptions:
                     f"use_weighting (WPO) weighs pairs, and the loss {name!r} sorts them; use one without the other."
                 )
         if "exo_pair" in self.names and not self.label_smoothing:
-            logger.info(f"exo_pair with label_smoothing 0: {EXO_SMOOTHING} is used, as its paper recommends.")
+            _say_exo_smoothing()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,6 +168,11 @@ class LossOptions:
     def needs_lengths(self) -> bool:
         """Whether the numbers of scored tokens must be given."""
         return self.rpo_alpha is not None or any(LOSSES[name].lengths for name in self.names)
+
+
+@cache
+def _say_exo_smoothing() -> None:
+    logger.warning(f"exo_pair with label_smoothing 0: {EXO_SMOOTHING} is used, as its paper recommends.")
 
 
 def _is_number(value: object) -> bool:

@@ -72,7 +72,7 @@ def scores(logps: PairLogps, options: "LossOptions") -> tuple[Tensor, Tensor]:
 
     With u = log(pi / pi_ref): reverse_kl gives u (DPO), forward_kl `1 - exp(-u)`, js_divergence `log 2 + log s(u)`,
     alpha_divergence `(exp((a - 1) u) - 1) / (a - 1)`, as in TRL 1.16. TRL before 0.29 had `(1 - exp(-b u)) / b`, the
-    same with a = 1 - b, and b = 1 as default. Exponents end at 80, so that fp32 stays finite.
+    same with a = 1 - b, and b = 1 as default. Exponents end at 80, so that exp stays finite in fp32.
     """
     return _score(chosen_logratio(logps), options), _score(rejected_logratio(logps), options)
 

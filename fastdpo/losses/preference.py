@@ -30,7 +30,8 @@ def preference_loss(
 
     Returns:
         losses (B,), and rewards `beta * (log pi - log pi_ref)` (B,) each, detached. Where no loss reads the reference
-        the rewards are `beta * log pi`, per token if every loss averages over tokens (SimPO's and ORPO's own).
+        the rewards are `beta * log pi`, per token if every loss averages over tokens (SimPO's and ORPO's own). 16-bit
+        log-probs are taken in fp32.
 
     Raises:
         ValueError: see `LossOptions`; or what the loss needs is missing from `logps`.
@@ -49,16 +50,23 @@ def pair_losses(logps: PairLogps, options: LossOptions) -> PreferenceOutput:
         raise ValueError(
             "use_weighting (WPO) needs pair_weight, the pairs' weights under the policy; see wpo_pair_weights."
         )
+    if options.ld_alpha is not None and logps.chosen_nll_sum is None:
+        raise ValueError(
+            "ld_alpha (LD-DPO) weighs tokens before their sum: pass sums made with ld_token_weights, and the chosen "
+            "side's plain sum as chosen_nll_sum; FusedLinearDPOLoss and DPOTrainer do it by themselves."
+        )
     logps = _aggregated(logps, options)
     total: Tensor | None = None
     for loss, weight in options.terms:
+        if weight == 0 and len(options.terms) > 1:
+            continue  # 0 times an infinite term would be NaN
         term = loss.function(logps, options)
         if options.use_weighting and not loss.nll:
             assert logps.pair_weight is not None
             term = term * logps.pair_weight.detach()
         term = term if weight == 1.0 else weight * term
         total = term if total is None else total + term
-    assert total is not None
+    total = torch.zeros_like(logps.chosen) if total is None else total
     if options.rpo_alpha:
         total = total + options.rpo_alpha * token_nll(logps)
     if options.pref_ftx:
@@ -69,6 +77,10 @@ def pair_losses(logps: PairLogps, options: LossOptions) -> PreferenceOutput:
 
 
 def _aggregated(logps: PairLogps, options: LossOptions) -> PairLogps:
+    if logps.chosen.dtype in (torch.float16, torch.bfloat16):
+        # a log-ratio of 100 overflows fp16 in an exponential, and bf16 keeps 8 bits of a sum over a completion
+        names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+        logps = logps._replace(**{name: getattr(logps, name).float() for name in names})
     if options.reference_free:
         zero = torch.zeros_like(logps.chosen)
         logps = logps._replace(ref_chosen=zero, ref_rejected=zero)
@@ -85,7 +97,7 @@ def _aggregated(logps: PairLogps, options: LossOptions) -> PairLogps:
 
 
 def _rewards(logps: PairLogps, options: LossOptions) -> tuple[Tensor, Tensor]:
-    if options.needs_reference or options.reference_free:
+    if any(LOSSES[name].reference for name in options.names):
         return options.beta * chosen_logratio(logps).detach(), options.beta * rejected_logratio(logps).detach()
     chosen, rejected = logps.chosen.detach(), logps.rejected.detach()
     if all(LOSSES[name].averages for name in options.names):
