@@ -11,7 +11,9 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastdpo.training import config as config_module
-from fastdpo.training.config import TRACKERS, DPOConfig
+from fastdpo.training import trackers as trackers_module
+from fastdpo.training.config import DPOConfig
+from fastdpo.training.trackers import TRACKERS
 
 OWN = set(inspect.get_annotations(DPOConfig)) - {"_VALID_DICT_FIELDS"}
 
@@ -29,7 +31,10 @@ def test_defaults_are_trl_s(tmp_path: Any) -> None:
     theirs = {field.name: field for field in dataclasses.fields(trl.DPOConfig)}
     ours = {field.name: field for field in dataclasses.fields(DPOConfig)}
     added = {"skip_bad_rows", "aggregate", "reference_free", "simpo_gamma", "cpo_alpha", "rpo_alpha", "pref_ftx"}
-    added |= {"model_adapter_name", "ref_adapter_name", "precompute_ref_dir"}
+    added |= {"model_adapter_name", "ref_adapter_name", "precompute_ref_dir", "ref_model_init_kwargs"}
+    # TRL's up to 0.28
+    added |= {"max_prompt_length", "max_completion_length", "tools"}
+    assert theirs.keys() <= ours.keys()
     # chosen otherwise: see the fields' help
     changed = {"output_dir", "logging_nan_inf_filter", "report_to"}
     assert OWN - added <= theirs.keys()
@@ -94,7 +99,7 @@ def test_no_output_dir_is_the_default_one() -> None:
 
 
 def test_tracker_that_is_not_installed_is_answered_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "find_spec", lambda module: None)
+    monkeypatch.setattr(trackers_module, "find_spec", lambda module: None)
     for name in TRACKERS.keys() - {"kubeflow"}:
         with pytest.raises(ValueError, match=r"not installed; run `pip install [\w -]+`"):
             DPOConfig(use_cpu=True, report_to=[name])

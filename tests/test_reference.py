@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from fastdpo.training.adapter_reference import AdapterOff, OtherAdapter, StartWeights
-from fastdpo.training.adapters import adapter_on
+from fastdpo.training.adapters import adapter_on, choose_adapters
 from fastdpo.training.checkpoints import REFERENCE_NAME, CheckpointError
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.reference import FrozenModel
@@ -264,6 +264,66 @@ def test_an_error_in_the_reference_pass_leaves_the_model_as_it_was() -> None:
     # what PEFT alone does
     policy.set_adapter("reference")
     assert {name: parameter.requires_grad for name, parameter in policy.named_parameters()} != wanted
+
+
+@pytest.mark.parametrize("kind", ["fresh adapter", "second adapter", "start of an adapter"])
+def test_a_forward_that_fails_leaves_the_model_as_it_was(tmp_path: Path, kind: str) -> None:
+    make_policy, options, _, _ = KINDS[kind]
+    trainer = make(tmp_path, make_policy(), **options)
+    policy = cast(PeftModel, trainer.model)
+    policy.train()
+    layers = [module for module in policy.modules() if hasattr(module, "lora_A")]
+    # not what PEFT would set by itself
+    next(p for name, p in policy.named_parameters() if p.requires_grad).requires_grad_(False)
+
+    def state() -> Any:
+        flags = [(name, p.requires_grad) for name, p in policy.named_parameters()]
+        active = [(list(layer.active_adapters), layer.disable_adapters) for layer in cast(Any, layers)]
+        return flags, active, list(policy.active_adapters), policy.training
+
+    before, start = state(), {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    seen = []
+
+    def fail(*args: Any) -> None:
+        seen.append(state())
+        raise KeyError("in the forward")
+
+    handle = policy.get_submodule("base_model.model.model.layers.1.mlp").register_forward_hook(fail)
+    batch = batch_of(trainer)
+    with pytest.raises(KeyError, match="in the forward"):
+        reference_logps(trainer, batch)
+    handle.remove()
+    assert seen
+    assert seen[0] != before
+    assert state() == before
+    assert all(torch.equal(tensor, start[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_ref_model_that_shares_weights_with_the_policy_is_refused(tmp_path: Path) -> None:
+    base = model()
+    adapted = trained()
+    other = model(initializer_range=0.3)
+    other.model = base.model  # the backbone alone
+    for policy, ref_model in ((base, other), (adapted, adapted.get_base_model())):
+        before = [parameter.requires_grad for parameter in policy.parameters()]
+        with pytest.raises(ValueError, match=r"are one in memory \(\S+\), so that .*; load ref_model a second time"):
+            make(tmp_path, policy, ref_model=ref_model)
+        assert [parameter.requires_grad for parameter in policy.parameters()] == before
+
+
+def test_adapters_that_cannot_be_trained_are_named(tmp_path: Path) -> None:
+    for name in ("a/b", "a\\b", "a.b", "modules", "train", "keys", ""):
+        with pytest.raises(ValueError, match=r"model_adapter_name is .*, which cannot name an adapter") as caught:
+            choose_adapters(trained(), DPOConfig(output_dir=str(tmp_path), use_cpu=True, model_adapter_name=name))
+        assert repr(name) in str(caught.value)
+    with pytest.raises(ValueError, match="trained adapter's name is 'a/b', which cannot"):
+        make(tmp_path, get_peft_model(model(), lora(), adapter_name="a/b"))
+    merged = trained()
+    cast(Any, merged).merge_adapter()
+    with pytest.raises(ValueError, match=r"'default' is merged into the weights .* call unmerge_adapter\(\)"):
+        make(tmp_path, merged)
+    cast(Any, merged).unmerge_adapter()
+    make(tmp_path, merged)
 
 
 def test_reference_is_neither_optimized_nor_saved(tmp_path: Path) -> None:

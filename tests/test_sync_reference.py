@@ -12,6 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -283,6 +285,29 @@ def test_resumed_run_has_the_moved_reference(tmp_path: Path, peft: bool) -> None
     (tmp_path / "killed" / "checkpoint-4" / REFERENCE_NAME).write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"reference.safetensors is not readable"):
         run("killed").train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
+
+
+def test_checkpoint_of_another_reference_is_named(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    kinds = {True: r"a delta mixed with the adapter's \(sync_ref_model\)", False: "the start of an adapter"}
+    for sync in (True, False):
+        folder = tmp_path / str(sync)
+        make(folder, adapted(), sync_ref_model=sync, **options).train()
+        words = f"its reference is {kinds[sync]} and this run's is {kinds[not sync]}; go on with the arguments"
+        with pytest.raises(CheckpointError, match=words):
+            make(folder, adapted(), sync_ref_model=not sync, **options).train(resume_from_checkpoint=True)
+    make(tmp_path, model(), **options).train()
+    path = tmp_path / "checkpoint-2" / REFERENCE_NAME
+    with safe_open(path, framework="pt") as file:
+        kind = file.metadata()
+    state = load_file(path)
+    for change, words in (
+        ({"metadata": kind}, r"have other weights \(lm_head.weight\)"),
+        ({}, "its reference is of an unknown kind"),
+    ):
+        save_file({name: tensor for name, tensor in state.items() if name != "lm_head.weight"}, path, **change)
+        with pytest.raises(CheckpointError, match=words):
+            make(tmp_path, model(), **options).train(resume_from_checkpoint=True)
 
 
 def test_mixed_factors_keep_32_bits() -> None:

@@ -199,6 +199,9 @@ def test_report(tokenizer):
         "truncated_chosen": 1,
         "truncated_rejected": 1,
         "empty_after_truncation": 0,
+        "shortened_prompts": 0,
+        "shortened_chosen": 0,
+        "shortened_rejected": 0,
         "prompt_cut": 0,
     }
     _, report = tokenize_dataset(dataset.select([2]), tokenizer, max_length=None)

@@ -604,10 +604,8 @@ def test_arguments_that_cannot_work_are_refused(tmp_path: Path) -> None:
     same = model()
     with pytest.raises(ValueError, match="same object"):
         make(tmp_path, same, ref_model=same)
-    with pytest.raises(ValueError, match="compute_metrics is not supported"):
-        make(tmp_path, compute_metrics=lambda p: {})
-    with pytest.raises(TypeError, match="must be a fastdpo DPOConfig, got TrainingArguments"):
-        DPOTrainer(model(), args=TrainingArguments(use_cpu=True), train_dataset=pairs())
+    with pytest.raises(TypeError, match="must be a fastdpo DPOConfig, got dict"):
+        DPOTrainer(model(), args=cast(Any, {"use_cpu": True}), train_dataset=pairs())
     with pytest.raises(TypeError, match="got list"):
         make(tmp_path, train=[{"prompt_ids": [1]}])
     with pytest.raises(ValueError, match="embeds 30"):

@@ -11,6 +11,10 @@ from fastdpo import __version__
 
 COMMANDS = {
     "train": "train a model on preference pairs with DPO",
+    "inspect": "say what preference data becomes under a model's tokenizer, before training",
+    "merge": "merge an adapter into its base model, and check the result",
+    "report": "curves and tables of one or several runs, as a picture and one HTML page",
+    "compare": "answers of a trained model and its reference side by side, with implicit rewards",
     "doctor": "say what is installed, which path log-probs take and why, and test them on this machine",
     "bench": "measure log-probs and DPO losses against every installed peer: time, memory, error",
 }

@@ -78,7 +78,10 @@ MAIN: dict[str, tuple[str, ...]] = {
 
 # `debug` is TrainingArguments' overflow debugger, here --debug shows the traceback; the other cannot be given as text
 LEFT_OUT = ("debug", "parallelism_config")
-TYPES = {"resume_from_checkpoint": "bool | str | None"}  # TrainingArguments says str; Trainer.train takes True as well
+TYPES = {
+    "resume_from_checkpoint": "bool | str | None",  # TrainingArguments says str; Trainer.train takes True as well
+    "tools": "str | None",  # JSON: commas in it separate nothing
+}
 HELP = {"resume_from_checkpoint": "Checkpoint folder to go on from; no value: the newest complete one in output_dir"}
 PLAIN = {bool: "bool", int: "int", float: "float", str: "str", dict: "dict", type(None): "None"}
 

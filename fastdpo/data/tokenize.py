@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pyarrow as pa
@@ -12,59 +11,15 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.collate import check_truncation
-from fastdpo.data.errors import DataError, count
+from fastdpo.data.errors import DataError
 from fastdpo.data.formats import warn_unused
 from fastdpo.data.messages import for_template, from_json
+from fastdpo.data.tokenize_report import TokenizeReport
 
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _PROMPT_CUT = "_prompt_tokens_cut"
-
-
-@dataclass(frozen=True)
-class TokenizeReport:
-    """What tokenization kept, dropped and will cut. Counts are rows (pairs); None for a lazy IterableDataset.
-
-    rows: rows that are left.
-    dropped_long_prompt: rows dropped because the prompt alone fills `max_length` (keep_start only, as TRL).
-    dropped_unscored: other rows dropped because neither completion has a scored token.
-    truncated_chosen, truncated_rejected: kept rows whose sequence the collator cuts at `max_length`.
-    empty_after_truncation: kept rows in which one completion has no scored token.
-    prompt_cut: rows whose prompt ends in tokens that are not a prefix of prompt + completion; these tokens
-        are left out (see `tokenize_row`).
-    """
-
-    name: str
-    rows: int | None
-    max_length: int | None
-    dropped_long_prompt: int | None = None
-    dropped_unscored: int | None = None
-    truncated_chosen: int | None = None
-    truncated_rejected: int | None = None
-    empty_after_truncation: int | None = None
-    prompt_cut: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        if self.rows is None:
-            return f"{self.name}: streamed, rows are tokenized as they come and not counted"
-        pairs = f"{self.name}: {count(self.rows, 'pair')}"
-        if self.max_length is None:
-            parts = [f"{pairs}, no max_length"]
-        else:
-            parts = [
-                f"{pairs}; max_length {self.max_length} cuts {self.truncated_chosen} chosen and "
-                f"{self.truncated_rejected} rejected",
-                f"dropped {self.dropped_long_prompt} whose prompt alone fills it",
-            ]
-        if self.dropped_unscored:
-            parts.append(f"dropped {self.dropped_unscored} without a scored token")
-        if self.empty_after_truncation:
-            parts.append(f"{self.empty_after_truncation} with no scored token in one of the completions")
-        return "; ".join(parts)
 
 
 def common_prefix_length(ids: list[int], other: list[int]) -> int:
@@ -75,7 +30,7 @@ def common_prefix_length(ids: list[int], other: list[int]) -> int:
     return min(len(ids), len(other))
 
 
-def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tools: str | None = None) -> dict[str, Any]:
     """One row of texts, or of lists of messages -> `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     Prompt, prompt + chosen and prompt + rejected are tokenized as wholes (messages through the chat template,
@@ -86,7 +41,7 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dic
     (`DPOTrainer._prepare_dataset`).
 
     `tools` (a list, or its JSON text) and `chat_template_kwargs` (a dict, or its JSON text) go to the
-    template.
+    template; rows without tools get those in `tools` (JSON text).
     """
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     if isinstance(prompt, str):
@@ -97,7 +52,7 @@ def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dic
         ]
     else:
         options = {
-            "tools": from_json(row.get("tools")),
+            "tools": from_json(row.get("tools")) or from_json(tools),
             **(from_json(row.get("chat_template_kwargs")) or {}),
         }
         prompt = for_template(prompt)
@@ -123,6 +78,9 @@ def tokenize_dataset(
     num_proc: int | None = None,
     name: str = "train",
     keep: Sequence[str] = (),
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    tools: str | None = None,
 ) -> tuple[Dataset | IterableDataset, TokenizeReport]:
     """Tokenize the rows of `load_preferences` or `normalize_dataset`.
 
@@ -132,6 +90,9 @@ def tokenize_dataset(
     other rows that leave nothing to score in either completion. A dataset that already has the three columns
     is only checked (lists of ints of 0 or more) and filtered, and keeps its columns that are named in `keep`. An
     `IterableDataset` is mapped, checked and filtered lazily.
+
+    Before all that, prompts are cut from the left to `max_prompt_length` tokens and completions from the right to
+    `max_completion_length` (as TRL up to 0.28); kept rows that lost tokens are counted. `tools`: see `tokenize_row`.
 
     Raises `DataError` when the rows need what the tokenizer lacks (a chat template, an EOS token), when a
     column is missing, when the template refuses a row, when given ids are none, or when no row is left.
@@ -150,7 +111,7 @@ def tokenize_dataset(
         _check_tokenizer(first, tokenizer, name)
         options: dict[str, Any] = {
             "with_indices": True,
-            "fn_kwargs": {"tokenizer": tokenizer, "name": name},
+            "fn_kwargs": {"tokenizer": tokenizer, "name": name, "tools": tools},
             "remove_columns": list(first),
         }
         if isinstance(dataset, Dataset):
@@ -161,13 +122,16 @@ def tokenize_dataset(
             }
         dataset = dataset.map(_tokenize_indexed, **options)
 
+    parts = (max_prompt_length, max_completion_length, max_completion_length)
     if isinstance(dataset, IterableDataset):
+        if any(parts):
+            dataset = dataset.map(_shorten, fn_kwargs={"parts": parts})
         limits = {"max_length": max_length, "truncation_mode": truncation_mode}
         dataset = dataset.select_columns(kept_columns).filter(_is_usable, fn_kwargs=limits)
         return dataset, TokenizeReport(name, None, max_length)
 
     lengths = _lengths(dataset, name if tokenized else None)
-    kept, report = _select(lengths, max_length, truncation_mode, name)
+    kept, report = _select(lengths, max_length, truncation_mode, name, parts)
     if not kept:
         raise DataError(_none_left(lengths, report))
     if report.prompt_cut:
@@ -178,14 +142,24 @@ def tokenize_dataset(
         )
     if len(kept) < len(dataset):
         dataset = dataset.select(kept)
+    if report.shortened_prompts or report.shortened_chosen or report.shortened_rejected:
+        dataset = dataset.map(_shorten, fn_kwargs={"parts": parts}, desc=f"Shortening {name}")
     return dataset.select_columns(kept_columns), report
 
 
-def _tokenize_indexed(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+def _tokenize_indexed(
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str, tools: str | None
+) -> dict[str, Any]:
     try:
-        return tokenize_row(row, tokenizer)
+        return tokenize_row(row, tokenizer, tools)
     except TemplateError as error:
         raise DataError(f"{name}[{index}]: the chat template refuses this row: {error}") from None
+
+
+def _shorten(row: dict[str, Any], parts: tuple[int | None, ...]) -> dict[str, Any]:
+    """The prompt's last tokens and the completions' first ones; `parts`: how many of each, None for all."""
+    cuts = (slice(-parts[0] if parts[0] else None, None), slice(parts[1]), slice(parts[2]))
+    return {column: row[column][cut] for column, cut in zip(ID_COLUMNS, cuts, strict=True)}
 
 
 def _check_ids(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
@@ -270,13 +244,18 @@ def _first_bad_ids(chunk: Any) -> int | None:
 
 
 def _select(
-    lengths: dict[str, list[int]], max_length: int | None, truncation_mode: str, name: str
+    lengths: dict[str, list[int]],
+    max_length: int | None,
+    truncation_mode: str,
+    name: str,
+    parts: tuple[int | None, ...],
 ) -> tuple[list[int], TokenizeReport]:
     """The rows that have something to score, and the counts of the others."""
     kept: list[int] = []
     long_prompt = unscored = empty = 0
-    truncated = [0, 0]
-    for index, (prompt, *completions) in enumerate(zip(*(lengths[column] for column in ID_COLUMNS), strict=True)):
+    truncated, shortened = [0, 0], [0, 0, 0]
+    for index, found in enumerate(zip(*(lengths[column] for column in ID_COLUMNS), strict=True)):
+        prompt, *completions = (min(n, limit or n) for n, limit in zip(found, parts, strict=True))
         if truncation_mode == "keep_start" and max_length is not None and prompt >= max_length:
             long_prompt += 1
             continue
@@ -286,6 +265,9 @@ def _select(
             continue
         kept.append(index)
         truncated = [total + (over > 0) for total, over in zip(truncated, cut, strict=True)]
+        shortened = [
+            total + (n > left) for total, n, left in zip(shortened, found, (prompt, *completions), strict=True)
+        ]
         empty += not all(scored)
     report = TokenizeReport(
         name=name,
@@ -296,6 +278,9 @@ def _select(
         truncated_chosen=truncated[0],
         truncated_rejected=truncated[1],
         empty_after_truncation=empty,
+        shortened_prompts=shortened[0],
+        shortened_chosen=shortened[1],
+        shortened_rejected=shortened[2],
         prompt_cut=sum(lengths[_PROMPT_CUT][index] > 0 for index in kept) if _PROMPT_CUT in lengths else 0,
     )
     return kept, report

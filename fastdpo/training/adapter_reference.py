@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastdpo.training.adapters import Switch, adapter_off, adapter_on, adapter_tensors, trained_adapter
+from fastdpo.training.adapters import Switch, adapter_off, adapter_on, plain_weights, trained_adapter
+from fastdpo.training.checkpoints import ReferenceState
 from fastdpo.training.reference import Reference
 
 
@@ -32,13 +33,7 @@ class InsidePolicy(Reference):
         raise NotImplementedError
 
     def weights(self, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        idle: set[int] = set()
-        if isinstance(policy, PeftModel):
-            names = set(policy.peft_config) - set(self.runs(policy))
-            idle = {id(tensor) for name in names for tensor in adapter_tensors(policy, name)}
-        for name, tensor in policy.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in idle:
-                yield name, tensor
+        yield from plain_weights(policy, self.runs(policy))
 
     def settings(self, policy: nn.Module) -> dict[str, Any]:
         found = {"model": cast(Any, policy).config}
@@ -88,6 +83,8 @@ class StartWeights(InsidePolicy):
     is switched. A checkpoint has them, so that a resumed run keeps the first start.
     """
 
+    kind = "the start of an adapter"
+
     def __init__(self, policy: PeftModel) -> None:
         self.start = {
             name: parameter.detach().clone() for name, parameter in policy.named_parameters() if parameter.requires_grad
@@ -98,13 +95,11 @@ class StartWeights(InsidePolicy):
         with torch.no_grad(), _evaluating(policy):
             return functional_call(find_peft(policy), self.start, kwargs=inputs, strict=False)["logprob"]
 
-    def state(self) -> dict[str, Tensor]:
-        return self.start
+    def state(self) -> ReferenceState:
+        return ReferenceState(self.start, self.kind)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self.start.keys():
-            odd = min(state.keys() ^ self.start.keys())
-            raise ValueError(f"the checkpoint's reference and this run's adapter have other weights ({odd})")
+    def load_state(self, state: ReferenceState) -> None:
+        super().load_state(state)
         self.start = {name: state[name].to(tensor.device) for name, tensor in self.start.items()}
 
 

@@ -1,7 +1,7 @@
 """The adapters of a PEFT model: which one is trained, which one runs, which one is saved where."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,12 +27,14 @@ def choose_adapters(model: nn.Module, args: DPOConfig) -> None:
     """Make `args.model_adapter_name` the active adapter, and see that `args.ref_adapter_name` is there, frozen.
 
     Raises:
-        ValueError: a name that the model does not have, one name for both, or several active adapters.
+        ValueError: a name that the model does not have or that cannot be used, one name for both, several active
+            adapters, or one that is merged.
     """
     names = {field: getattr(args, field) for field in ("model_adapter_name", "ref_adapter_name")}
     for field, name in names.items():
         if name is None:
             continue
+        check_adapter_name(field, name)
         if not isinstance(model, PeftModel):
             raise ValueError(
                 f"{field} is {name!r}, and the model has no adapter; pass a PeftModel that has one of this name."
@@ -53,6 +55,13 @@ def choose_adapters(model: nn.Module, args: DPOConfig) -> None:
             f"{len(active)} adapters are active ({', '.join(active)}), and one can be trained; name it in "
             "model_adapter_name."
         )
+    check_adapter_name("the trained adapter's name", active[0])
+    merged = [name for layer in model.modules() if isinstance(layer, BaseTunerLayer) for name in layer.merged_adapters]
+    if merged:
+        raise ValueError(
+            f"the adapter {merged[0]!r} is merged into the weights of its base model, so that switching adapters would "
+            "not switch it; call unmerge_adapter() on the model first."
+        )
     if args.ref_adapter_name == active[0]:
         raise ValueError(
             f"ref_adapter_name is {active[0]!r}, which is the adapter that is trained; name the other one in "
@@ -61,6 +70,16 @@ def choose_adapters(model: nn.Module, args: DPOConfig) -> None:
     if args.ref_adapter_name is not None:
         for tensor in adapter_tensors(model, args.ref_adapter_name):
             tensor.requires_grad_(False)
+
+
+def check_adapter_name(field: str, name: str) -> None:
+    """Raise ValueError unless PEFT can keep an adapter's parts and files under `name`; `field` is where it is from."""
+    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if not name or taken or set(name) & set("./\\"):
+        raise ValueError(
+            f"{field} is {name!r}, which cannot name an adapter: it must be a folder's name without '.', '/' and "
+            "'\\' that is no attribute of a torch module (such as 'train'); rename the adapter."
+        )
 
 
 def _is_trainable(model: PeftModel, name: str) -> bool:
@@ -78,6 +97,29 @@ def adapter_tensors(model: nn.Module, name: str) -> Iterator[Tensor]:
                     yield from holder[name].buffers()
                 elif not isinstance(holder, nn.ModuleDict) and hasattr(holder, "keys") and name in cast(Any, holder):
                     yield cast(Any, holder)[name]
+
+
+def plain_weights(model: nn.Module, running: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that log-probs under the adapters `running` depend on, whatever PEFT calls them.
+
+    A weight of the base model has the name that it has without PEFT, and an adapter's has no adapter's name in it.
+    """
+    adapters = model.peft_config if isinstance(model, PeftModel) else ()
+    owner = {id(tensor): name for name in adapters for tensor in adapter_tensors(model, name)}
+    running = set(running)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue
+        adapter = owner.get(id(tensor))
+        if adapter is not None and adapter not in running:
+            continue
+        if adapter is not None:
+            # the last one, after what it is a part of: a layer may have the same name
+            before, _, after = f"{key}.".rpartition(f".{adapter}.")
+            key = f"{before}.{after}".rstrip(".")
+        elif adapters:
+            key = ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
+        yield key.removeprefix("base_model.model.") if adapters else key, tensor
 
 
 def is_fresh(model: PeftModel, created: bool) -> bool:

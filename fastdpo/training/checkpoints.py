@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 class CheckpointError(ValueError):
     """Training cannot go on from the checkpoint that was asked for; the message is one sentence."""
+
+
+class ReferenceState(dict[str, Tensor]):
+    """A reference's tensors by name, and in words its `kind`: those of another kind may have the same names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
+        super().__init__(tensors)
+        self.kind = kind
 
 
 def staging_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
@@ -207,15 +216,16 @@ def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
     write_atomic(Path(folder) / STATE_NAME, json.dumps(state, indent=1))
 
 
-def save_reference(folder: str | os.PathLike[str], state: dict[str, Tensor]) -> None:
+def save_reference(folder: str | os.PathLike[str], state: ReferenceState) -> None:
     """Write a reference that cannot be made again from the run's arguments; nothing where `state` is empty."""
     if state:
         # a model's parameters may be views of one another
-        save_file({k: v.detach().contiguous() for k, v in state.items()}, Path(folder) / REFERENCE_NAME)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+        save_file(tensors, Path(folder) / REFERENCE_NAME, metadata={"kind": state.kind})
 
 
-def load_reference(folder: str | os.PathLike[str], wanted: bool) -> dict[str, Tensor]:
-    """Read it back; {} where none is `wanted` and the checkpoint has none.
+def load_reference(folder: str | os.PathLike[str], wanted: bool) -> ReferenceState:
+    """Read it back; empty where none is `wanted` and the checkpoint has none.
 
     Raises:
         CheckpointError: one of the two is the case and the other is not.
@@ -227,7 +237,11 @@ def load_reference(folder: str | os.PathLike[str], wanted: bool) -> dict[str, Te
             f"cannot resume from {folder}: it has {has} reference of its own (sync_ref_model, or an adapter that is "
             f"trained further) and this run needs {needs}; go on with the arguments that the run began with."
         )
-    return load_file(path) if wanted else {}
+    if not wanted:
+        return ReferenceState({}, "none")
+    with safe_open(path, framework="pt") as file:
+        kind = (file.metadata() or {}).get("kind", "of an unknown kind")
+    return ReferenceState(load_file(path), kind)
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

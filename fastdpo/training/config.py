@@ -1,50 +1,41 @@
 """`DPOConfig`: transformers' `TrainingArguments` plus what DPO needs, under TRL 1.16's names and defaults."""
 
+import json
 import logging
 import math
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from importlib.util import find_spec
+from enum import Enum
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fastdpo.data.collate import TRUNCATION_MODES, check_truncation
 from fastdpo.losses import LossOptions
 from fastdpo.losses.options import AGGREGATES, F_DIVERGENCES
+from fastdpo.training.old_names import accepts_old_names, todays_init_kwargs
+from fastdpo.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
-# each tracker that transformers knows: the modules of which one must be installed, and what pip calls it
-TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
-    "azure_ml": (("azureml",), "azureml-core"),
-    "clearml": (("clearml",), "clearml"),
-    "codecarbon": (("codecarbon",), "codecarbon"),
-    "comet_ml": (("comet_ml",), "comet-ml"),
-    "dagshub": (("dagshub",), "dagshub mlflow"),
-    "dvclive": (("dvclive",), "dvclive"),
-    "flyte": (("flytekit",), "flytekit"),
-    "kubeflow": ((), ""),
-    "mlflow": (("mlflow",), "mlflow"),
-    "neptune": (("neptune",), "neptune"),
-    "swanlab": (("swanlab",), "swanlab"),
-    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
-    "trackio": (("trackio",), "trackio"),
-    "wandb": (("wandb",), "wandb"),
-}
 
-
+@accepts_old_names
 @dataclass
 class DPOConfig(TrainingArguments):
-    """Every argument of a DPO run.
+    """Every argument of a DPO run; arguments of older TRL and transformers (`OLD_NAMES`) are understood too.
 
     Raises:
+        TypeError: an unknown argument; the sentence has the closest name.
         ValueError: from the constructor, one sentence that names the field, what came and what was wanted.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "ref_model_init_kwargs",
+    ]
 
     # fields of TrainingArguments with another default
     output_dir: str | None = field(
@@ -76,6 +67,13 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Arguments of `from_pretrained` for a model given as a path, as a dict or JSON."},
     )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The same for a ref_model given as a path; unset: as `model_init_kwargs`."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of a mixture of experts' load-balancing loss; unset: the model's own."},
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that a model or tokenizer brings along."}
     )
@@ -96,9 +94,28 @@ class DPOConfig(TrainingArguments):
             "choices": list(TRUNCATION_MODES),
         },
     )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Cut longer prompts from the left to this many tokens; unset: no limit."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Cut longer completions from the right to this many tokens; unset: no limit."}
+    )
+    tools: None | str | list[Any] = field(  # noqa: RUF036 as above
+        default=None,
+        metadata={"help": "Tools for rows without any of their own, as JSON (in Python a list of dicts or functions)."},
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Token that pads batches; unset: the tokenizer's pad token, or its EOS token."}
+    )
+    padding_free: bool = field(
+        default=False, metadata={"help": "Accepted and not used: batches are padded, as in TRL 1.16."}
+    )
     pad_to_multiple_of: int | str | None = field(
         default="auto",
         metadata={"help": "Pad batches to a multiple of this many tokens; 'auto': 128 on Neuron, else 1."},
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Accepted and not used: `gradient_checkpointing` saves that memory."}
     )
     skip_bad_rows: bool = field(
         default=False,
@@ -182,11 +199,15 @@ class DPOConfig(TrainingArguments):
             self.output_dir = "output"
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.f_divergence_type, Enum):  # TRL up to 0.28
+            self.f_divergence_type = self.f_divergence_type.value
         self.loss_options()
         self._check_lengths()
+        self._check_tools()
         self._check_reference()
         self._check_schedule()
-        self._check_trackers()
+        check_trackers(self.report_to)
+        self._say_what_is_not_used()
         self._choose_precision()
         # the alias is deprecated in transformers 5.2x; the default of ours is no reason for a warning
         if getattr(self, "activation_checkpointing", False) is None:
@@ -194,6 +215,9 @@ class DPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing_kwargs", False) is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         super().__post_init__()
+        for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, todays_init_kwargs(getattr(self, name), name))
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = 128 if self.device.type == "neuron" else None
 
@@ -203,6 +227,10 @@ class DPOConfig(TrainingArguments):
 
     def _check_lengths(self) -> None:
         check_truncation(self.max_length, self.truncation_mode)
+        for name in ("max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         multiple = self.pad_to_multiple_of
         if isinstance(multiple, str) and multiple != "auto":
             if multiple.lower() in ("none", "null"):
@@ -214,6 +242,17 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"pad_to_multiple_of must be 'auto' or a number >= 1, got {multiple!r}.")
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise ValueError(f"dataset_num_proc must be at least 1, got {self.dataset_num_proc}.")
+
+    def _check_tools(self) -> None:
+        if isinstance(self.tools, str):
+            try:
+                self.tools = json.loads(self.tools)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"tools is not JSON: {error.msg} at character {error.pos}.") from None
+        if self.tools is not None and not isinstance(self.tools, list):
+            raise ValueError(f"tools must be a list of tools, got {type(self.tools).__name__}.")
+        # text, as every other argument: it is logged, hashed and written to files
+        self.tools = json.dumps([get_json_schema(t) if callable(t) else t for t in self.tools]) if self.tools else None
 
     def _check_reference(self) -> None:
         for name in ("precompute_ref_batch_size", "ref_model_sync_steps"):
@@ -243,21 +282,14 @@ class DPOConfig(TrainingArguments):
         if self.max_steps < 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ValueError(f"num_train_epochs must be > 0 where max_steps is not set, got {self.num_train_epochs}.")
 
-    def _check_trackers(self) -> None:
-        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ["none"])
-        for name in names:
-            if name in ("all", "none"):
-                continue
-            if name not in TRACKERS:
-                near = get_close_matches(str(name), TRACKERS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"report_to: unknown tracker {name!r}; choose from {', '.join(TRACKERS)}.{hint}")
-            modules, package = TRACKERS[name]
-            if modules and not any(find_spec(module) for module in modules):
-                raise ValueError(
-                    f"report_to names {name!r}, which is not installed; run `pip install {package}` "
-                    "or leave it out of report_to."
-                )
+    def _say_what_is_not_used(self) -> None:
+        if self.padding_free:
+            logger.warning("padding_free is not used: batches are padded, and the numbers are the same.")
+        if self.activation_offloading:
+            logger.warning(
+                "activation_offloading is not used: activations stay on the device; gradient_checkpointing saves "
+                "most of their memory."
+            )
 
     def _choose_precision(self) -> None:
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):

@@ -1,6 +1,7 @@
 """Writing files so that a kill at any moment leaves either the old content or the new, never half of it."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -12,8 +13,8 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = data.encode("utf-8") if isinstance(data, str) else data
-    # not mkstemp, which makes a file that only its owner may read
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # not mkstemp, which makes a file that only its owner may read; not the pid alone, which two machines may share
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -4,9 +4,11 @@ A dataset has a folder of its own. manifest.json says what its numbers were comp
 so on hold `SHARD_ROWS` rows each: the sum of each completion's log-probs, the part of it beyond the shorter
 completion's length (so that LD-DPO of any `ld_alpha` reads the same files) and the scored tokens. A shard appears
 whole or not at all, so a run that was killed goes on with the first one that is missing; a folder whose manifest says
-other settings is refused, never used and never overwritten.
+other settings is refused, never used and never overwritten. Every shard names the settings too, by their hash, so that
+two runs that begin in one empty folder cannot mix theirs.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -18,8 +20,8 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -32,8 +34,10 @@ from fastdpo.training.pair_logps import SequenceLogps
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SHARD_ROWS = 256
+# in a shard's metadata
+KEY = "settings"
 LENGTHS = ("chosen_tokens", "rejected_tokens")
 
 
@@ -64,7 +68,7 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
 
     Raises:
         StaleLogpsError: `folder` holds those of other settings or data.
-        ValueError: a log-prob is not a finite number; the message names the row.
+        ValueError: a log-prob is not a finite number, the message names the row; `folder` cannot be written.
     """
     name = folder.name
     shards = range(-(-len(dataset) // SHARD_ROWS))
@@ -76,17 +80,22 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
         **work.settings,
         "notes": work.notes,
     }
+    key = _key(manifest)
     check_manifest(folder, manifest)
     work.wait()  # every process has looked before one writes
-    if work.process_index == 0:
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    missing = [shard for shard in shards if _read_shard(folder, shard, len(dataset)) is None]
+    if work.process_index == 0 and not (folder / MANIFEST).exists():
+        _write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    work.wait()
+    check_manifest(folder, manifest)  # another run may have begun here meanwhile
+    missing = [shard for shard in shards if _read_shard(folder, shard, len(dataset), key) is None]
+    work.wait()  # every process has the same list of missing parts before one of them appears
     mine = missing[work.process_index :: work.num_processes]
     began = time.monotonic()
     with tqdm(total=len(mine), desc=f"reference log-probs of {name}", disable=work.quiet or not mine) as bar:
         for shard in mine:
             rows = dataset.select(_rows_of(shard, len(dataset))).select_columns(list(ID_COLUMNS))
-            write_atomic(folder / _shard_name(shard), save(_compute(rows, shard * SHARD_ROWS, name, work)))
+            values = _compute(rows, shard * SHARD_ROWS, name, work)
+            _write(folder / _shard_name(shard), save(values, metadata={KEY: key}))
             bar.update()
     work.wait()
     if work.process_index == 0:
@@ -94,7 +103,7 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
         logger.info(f"{name}: reference log-probs: {done if missing else f'read from {folder}'}.")
     columns: dict[str, list[Tensor]] = {column: [] for column in REFERENCE_COLUMNS}
     for shard in shards:
-        read = _read_shard(folder, shard, len(dataset))
+        read = _read_shard(folder, shard, len(dataset), key)
         if read is None:
             raise FileNotFoundError(
                 f"{folder / _shard_name(shard)} is missing after every process has written its part; all of them must "
@@ -116,12 +125,15 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         if any(folder.glob("shard-*")):
             raise StaleLogpsError(f"{folder} has reference log-probs and no {MANIFEST}; remove the folder.") from None
         return
-    except ValueError as error:
-        raise StaleLogpsError(f"{path} is not readable ({error}); remove the folder {folder}.") from None
+    except (ValueError, OSError) as error:
+        raise StaleLogpsError(f"{path} is not readable ({error}); remove {folder}.") from None
+    if not isinstance(found, dict):
+        raise StaleLogpsError(f"{path} is not a JSON object; remove {folder}.")
     differ = [key for key in manifest if key != "notes" and found.get(key) != manifest[key]]
     if differ:
         said = [_difference(key, found.get(key), manifest[key]) for key in differ]
-        notes = found.get("notes") or {}
+        notes = found.get("notes")
+        notes = notes if isinstance(notes, dict) else {}
         said += [
             _difference(key, notes.get(key), value)
             for key, value in manifest["notes"].items()
@@ -131,6 +143,19 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
             f"{folder} holds reference log-probs of other settings: {'; '.join(said)}; remove the folder to compute "
             "them again, or give another precompute_ref_dir."
         )
+
+
+def _key(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what the numbers depend on."""
+    settings = {name: value for name, value in manifest.items() if name != "notes"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, data: str | bytes) -> None:
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error}); give another precompute_ref_dir.") from error
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
@@ -163,16 +188,22 @@ def _shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
-def _read_shard(folder: Path, shard: int, rows: int) -> dict[str, Tensor] | None:
+def _read_shard(folder: Path, shard: int, rows: int, key: str) -> dict[str, Tensor] | None:
     path = folder / _shard_name(shard)
     if not path.is_file():
         return None
     try:
-        read = load_file(path)
-        if all(len(read[name]) == len(_rows_of(shard, rows)) for name in (*REFERENCE_COLUMNS, *LENGTHS)):
-            return read
-    except (SafetensorError, KeyError, OSError):
-        pass
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get(KEY)
+            read = {name: file.get_tensor(name) for name in (*REFERENCE_COLUMNS, *LENGTHS)}
+    except (SafetensorError, OSError):
+        found, read = None, {}
+    if read and found != key:
+        raise StaleLogpsError(
+            f"{path} holds reference log-probs of other settings than {MANIFEST} beside it, as if two runs had begun "
+            f"in one folder; remove {folder} to compute them again, or give another precompute_ref_dir."
+        )
+    if read and all(len(values) == len(_rows_of(shard, rows)) for values in read.values()):
+        return read
     logger.warning(f"{path} is not readable and is computed again.")
-    path.unlink(missing_ok=True)
     return None

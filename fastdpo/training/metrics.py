@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdpo.losses import PairLogps, PreferenceOutput
+from fastdpo.ops.sequence import segment_sum
+
 PAIR_MEANS = (
     "loss",
     "rewards/chosen",
@@ -13,6 +16,7 @@ PAIR_MEANS = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "aux_loss",
 )
 # each is a sum over scored tokens, divided by the number of them in the named columns
 TOKEN_MEANS = {
@@ -22,6 +26,14 @@ TOKEN_MEANS = {
     "mean_token_accuracy": ("chosen_tokens",),
 }
 COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "num_tokens")
+PREDICTIONS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "chosen_tokens",
+    "rejected_tokens",
+)
 COLUMNS = (*COUNTS, *PAIR_MEANS, *TOKEN_MEANS)
 
 
@@ -32,19 +44,70 @@ def per_pair_table(columns: dict[str, Tensor]) -> Tensor:
     """
     reference = columns["rewards/chosen"]
     dtype = torch.float32 if reference.device.type == "mps" else torch.float64
-    columns = {"pairs": torch.ones_like(reference), **columns}
+    columns = {"pairs": torch.ones_like(reference), "aux_loss": torch.zeros_like(reference), **columns}
     return torch.stack([columns[name].detach().to(dtype) for name in COLUMNS], dim=1)
+
+
+@torch.no_grad()
+def batch_table(
+    output: PreferenceOutput,
+    logps: PairLogps,
+    policy: dict[str, Tensor],
+    offsets: Tensor,
+    attention_mask: Tensor,
+    aux_loss: Tensor | None = None,
+    aux_weight: float = 0.0,
+) -> Tensor:
+    """The (B, K) table of a batch.
+
+    policy: the statistics of the M scored tokens, (M,) each, and perhaps more. offsets: (2B + 1,) int64, on their
+    device. attention_mask: (2B, T). aux_loss: a scalar that is added to every loss, times `aux_weight`.
+    """
+    losses = output.losses
+
+    def per_side(values: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = segment_sum(values.detach().to(losses.dtype), offsets).chunk(2)
+        return chosen, rejected
+
+    chosen_tokens, rejected_tokens = offsets.diff().chunk(2)
+    logits, entropy = per_side(policy["mean_logit"]), per_side(policy["entropy"])
+    columns = {
+        "chosen_tokens": chosen_tokens,
+        "rejected_tokens": rejected_tokens,
+        "num_tokens": attention_mask.to(offsets.device).sum(1).view(2, -1).sum(0),
+        "loss": losses,
+        "rewards/chosen": output.chosen_rewards,
+        "rewards/rejected": output.rejected_rewards,
+        "rewards/accuracies": output.chosen_rewards > output.rejected_rewards,
+        "rewards/margins": output.chosen_rewards - output.rejected_rewards,
+        "logps/chosen": logps.chosen,
+        "logps/rejected": logps.rejected,
+        "logits/chosen": logits[0],
+        "logits/rejected": logits[1],
+        "entropy": entropy[0] + entropy[1],
+        "mean_token_accuracy": per_side(policy["is_top1"])[0],
+    }
+    if aux_loss is not None:
+        aux_loss = aux_loss.to(losses).expand_as(losses)
+        columns |= {"loss": losses + aux_weight * aux_loss, "aux_loss": aux_loss}
+    return per_pair_table(columns)
+
+
+def predictions(table: Tensor) -> dict[str, Tensor]:
+    """What `compute_metrics` gets of each pair, (B,) each, under the names of the metrics."""
+    return {name: table[:, COLUMNS.index(name)] for name in PREDICTIONS}
 
 
 def averages(totals: Sequence[float]) -> dict[str, float]:
     """The logged metrics of the summed table: pair means over pairs, token means over scored tokens.
 
-    A mean over nothing (no scored token in the window) is 0.0, as TRL logs it; no pair at all gives {}.
+    A mean over nothing (no scored token in the window) is 0.0, as TRL logs it; no pair at all gives {}. `aux_loss` is
+    left out where no batch had one.
     """
     column = dict(zip(COLUMNS, totals, strict=True))
     if column["pairs"] == 0:
         return {}
-    logged = {name: column[name] / column["pairs"] for name in PAIR_MEANS}
+    logged = {name: column[name] / column["pairs"] for name in PAIR_MEANS if name != "aux_loss" or column[name]}
     for name, counts in TOKEN_MEANS.items():
         tokens = sum(column[count] for count in counts)
         logged[name] = column[name] / tokens if tokens else 0.0

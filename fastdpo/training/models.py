@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from fastdpo.data.tokenize import ID_COLUMNS
+from fastdpo.training.adapters import check_adapter_name
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.logprob_forward import unwrap_peft
 
@@ -46,6 +47,8 @@ def load_policy(
     Raises:
         ValueError: no such model, not a text-only causal LM, or arguments that exclude each other.
     """
+    if args.model_adapter_name is not None:
+        check_adapter_name("model_adapter_name", args.model_adapter_name)
     if isinstance(model, str) and is_adapter_folder(model):
         model = _from_adapter_folder(model, args, quantization_config, default_dtype or "auto")
     elif isinstance(model, str):
@@ -168,7 +171,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token (the EOS token where it has none: masks come from lengths)."""
+    """The tokenizer, with a pad token: `args.pad_token`, its own, or the EOS token (masks come from lengths)."""
     if given is None:
         path = model if isinstance(model, str) else model.config.name_or_path
         if is_adapter_folder(path) and not Path(path, "tokenizer_config.json").is_file():
@@ -182,6 +185,10 @@ def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokeniz
             raise ValueError(f"no tokenizer in {path!r}; pass processing_class.") from error
     if not isinstance(given, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a tokenizer, got {type(given).__name__}.")
+    if args.pad_token is not None:
+        if args.pad_token not in given.get_vocab():
+            raise ValueError(f"pad_token is {args.pad_token!r}, which the tokenizer does not have.")
+        given.pad_token = args.pad_token
     if given.pad_token is None:
         if given.eos_token is None:
             raise ValueError("the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token.")
@@ -224,14 +231,27 @@ def check_token_ids(dataset: Any, embedded: int, name: str) -> None:
                 row += len(chunk)
 
 
-def check_arguments(model: Any, ref_model: Any, args: Any, compute_metrics: Any) -> None:
+def router_loss_weight(model: PreTrainedModel | PeftModel, args: DPOConfig) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied by; 0 where there is none (TRL 1.16's rule).
+
+    Raises:
+        ValueError: `router_aux_loss_coef` for a model whose forward returns no such loss.
+    """
+    config, weight = model.config.get_text_config(), args.router_aux_loss_coef
+    if not hasattr(config, "output_router_logits"):
+        if weight:
+            raise ValueError(
+                f"router_aux_loss_coef is {weight}, and {type(unwrap_peft(model)).__name__} returns no load-balancing "
+                "loss of a mixture of experts; leave it out."
+            )
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if weight is None else weight)
+
+
+def check_arguments(model: Any, ref_model: Any, args: DPOConfig) -> None:
     """Refuse what cannot work, and set what follows from the batch layout, before anything is loaded."""
-    if not isinstance(args, DPOConfig):
-        raise TypeError(f"args must be a fastdpo DPOConfig, got {type(args).__name__}.")
     if ref_model is model and not isinstance(model, str):
         raise ValueError("model and ref_model are the same object; leave ref_model out to get a frozen copy.")
-    if compute_metrics is not None:
-        raise ValueError("compute_metrics is not supported: it needs the logits of every token, which are never built.")
     if args.use_liger_kernel:
         options = dict(cast("dict[str, bool] | None", args.liger_kernel_config) or {})
         if options.get("fused_linear_cross_entropy"):

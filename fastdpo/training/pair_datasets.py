@@ -41,6 +41,9 @@ def prepare_dataset(
         name=name,
         # log-probs that came with the data are used where they are asked for
         keep=REFERENCE_COLUMNS if args.precompute_ref_log_probs else (),
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        tools=cast("str | None", args.tools),
     )
     lost = (
         report.dropped_long_prompt,
@@ -48,6 +51,9 @@ def prepare_dataset(
         report.truncated_chosen,
         report.truncated_rejected,
         report.empty_after_truncation,
+        report.shortened_prompts,
+        report.shortened_chosen,
+        report.shortened_rejected,
     )
     logger.log(logging.WARNING if any(lost) else logging.INFO, str(report))
     strategy = getattr(args, "train_sampling_strategy", "random")

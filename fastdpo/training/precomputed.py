@@ -156,7 +156,7 @@ def given_logps(datasets: Datasets, args: DPOConfig) -> bool:
                 f"ld_alpha (LD-DPO) weighs tokens of the reference too, and {name} has sums only ({', '.join(SUMS)}); "
                 "remove these columns, so that they are computed here."
             )
-        for column in SUMS:
+        for column in SUMS if args.ld_alpha is None else REFERENCE_COLUMNS:
             values = np.asarray(dataset.with_format("numpy")[column][:], dtype=object)
             bad = [row for row, value in enumerate(values) if value is None or not np.isfinite(float(value))]
             if bad:

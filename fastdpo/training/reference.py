@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fastdpo.training.adapters import plain_weights
+from fastdpo.training.checkpoints import ReferenceState
 from fastdpo.training.logprob_forward import LogprobForward
 
 
@@ -30,13 +32,25 @@ class Reference(ABC):
         """The configuration beside these tensors: of the model, and of an adapter."""
         raise NotImplementedError
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep for a resumed run to have the same reference; {} where nothing."""
-        return {}
+    def state(self) -> ReferenceState:
+        """What a checkpoint must keep for a resumed run to have the same reference; empty where nothing."""
+        return ReferenceState({}, "none")
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on with the `state` of a checkpoint."""
-        return
+    def load_state(self, state: ReferenceState) -> None:
+        """Go on with the `state` of a checkpoint.
+
+        Raises:
+            ValueError: it belongs to a reference of another kind, or to other weights.
+        """
+        mine = self.state()
+        if state.kind != mine.kind:
+            raise ValueError(
+                f"its reference is {state.kind} and this run's is {mine.kind}; go on with the arguments that the run "
+                "began with"
+            )
+        if state.keys() != mine.keys():
+            odd = min(state.keys() ^ mine.keys())
+            raise ValueError(f"the checkpoint's reference and this run's have other weights ({odd})")
 
 
 class NoReference(Reference):
@@ -72,7 +86,8 @@ class FrozenModel(Reference):
             return self.model(**inputs)["logprob"]
 
     def weights(self, policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.state_dict().items()
+        running = self.model.active_adapters if isinstance(self.model, PeftModel) else []
+        yield from plain_weights(self.model, running)
 
     def settings(self, policy: nn.Module) -> dict[str, Any]:
         found = {"model": cast(Any, self.model).config}

@@ -1,5 +1,6 @@
 """Which reference a run has: the one place where that is decided."""
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -93,7 +94,18 @@ def _given_model(policy: Policy, ref_model: str | Policy, args: DPOConfig, autoc
         raise ValueError(f"ref_model and ref_adapter_name ({args.ref_adapter_name!r}) both name a reference; give one.")
     name = ref_model if isinstance(ref_model, str) else getattr(ref_model, "name_or_path", "") or "an instance"
     if isinstance(ref_model, str):
-        ref_model = load_policy(ref_model, args, default_dtype=policy.dtype)
+        own = args
+        if args.ref_model_init_kwargs is not None:
+            own = copy.copy(args)
+            own.model_init_kwargs = args.ref_model_init_kwargs
+        ref_model = load_policy(ref_model, own, default_dtype=policy.dtype)
+    trained = {id(parameter) for parameter in policy.parameters()}
+    shared = next((key for key, parameter in ref_model.named_parameters() if id(parameter) in trained), None)
+    if shared is not None:
+        raise ValueError(
+            f"ref_model and the model that is trained are one in memory ({shared}), so that freezing one freezes the "
+            "other; load ref_model a second time, or leave it out."
+        )
     cast(nn.Module, ref_model).to(args.device)
     description = f"the model given as ref_model ({name})"
     if args.sync_ref_model:

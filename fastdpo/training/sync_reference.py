@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastdpo.training.adapter_reference import StartWeights
 from fastdpo.training.adapters import trained_adapter
+from fastdpo.training.checkpoints import ReferenceState
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.reference import FrozenModel
 
@@ -41,11 +42,12 @@ class SyncedModel(FrozenModel):
             mine.mul_(1.0 - alpha).add_(other.to(mine), alpha=alpha)
         return ""
 
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
+    def state(self) -> ReferenceState:
+        return ReferenceState(dict(self.model.named_parameters()), "a model mixed with the policy (sync_ref_model)")
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: ReferenceState) -> None:
+        super().load_state(state)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[name])
 
@@ -57,6 +59,8 @@ class SyncedAdapter(StartWeights):
     own layers with these factors in place. Past `rank_limit` they are recompressed to it by a truncated SVD; what that
     leaves out is measured and logged. At the limit min(in, out) nothing is left out.
     """
+
+    kind = "a delta mixed with the adapter's (sync_ref_model)"
 
     def __init__(self, policy: PeftModel) -> None:
         super().__init__(policy)
@@ -85,7 +89,7 @@ class SyncedAdapter(StartWeights):
             rank = max(rank, len(a))
         return f", rank up to {rank}, recompression left out at most {left_out:.1e} of a layer's delta"
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: ReferenceState) -> None:
         super().load_state(state)
         for a_name, b_name in self.layers:
             if len(self.start[a_name]) != self.start[b_name].shape[1]:

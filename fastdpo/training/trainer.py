@@ -18,7 +18,6 @@ from transformers.trainer_utils import SaveStrategy
 from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
 from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport
 from fastdpo.losses.preference import pair_losses
-from fastdpo.ops.sequence import segment_sum
 from fastdpo.training import metrics
 from fastdpo.training.adapters import choose_adapters
 from fastdpo.training.config import DPOConfig
@@ -30,7 +29,9 @@ from fastdpo.training.models import (
     disable_dropout,
     load_policy,
     load_tokenizer,
+    router_loss_weight,
 )
+from fastdpo.training.old_arguments import settled_arguments
 from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
 from fastdpo.training.pair_logps import pair_logps
 from fastdpo.training.precomputed import free_memory, stored_logps
@@ -40,6 +41,21 @@ from fastdpo.training.reference_trainer import ReferenceTrainer, model_call
 logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
+
+ARGUMENTS = (
+    "model",
+    "ref_model",
+    "args",
+    "data_collator",
+    "train_dataset",
+    "eval_dataset",
+    "processing_class",
+    "compute_metrics",
+    "callbacks",
+    "optimizers",
+    "quantization_config",
+    "peft_config",
+)
 
 
 class DPOTrainer(ReferenceTrainer):
@@ -54,7 +70,10 @@ class DPOTrainer(ReferenceTrainer):
         train_dataset, eval_dataset: preference pairs in any format that `normalize_dataset` takes, or
             tokenized; `eval_dataset` may be a dict of them. An `IterableDataset` needs `args.max_steps`.
         processing_class: the tokenizer (`tokenizer=` is accepted too); left out, the model's own.
+        compute_metrics: called after an evaluation with `predictions`, a dict of arrays (N,) over the pairs (see
+            `metrics.PREDICTIONS`), and `label_ids`, zeros (N,): the chosen answer is the right one.
         peft_config: train a fresh adapter of this kind.
+        old_arguments: what TRL's trainer took up to 0.15 (beta, max_length, ...), one log line for all.
 
     Attributes:
         reference_description: one line that says what the reference is.
@@ -84,9 +103,12 @@ class DPOTrainer(ReferenceTrainer):
         peft_config: PeftConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        **old_arguments: Any,
     ) -> None:
-        args = DPOConfig() if args is None else args
-        check_arguments(model, ref_model, args, compute_metrics)
+        args = settled_arguments(args, old_arguments, ARGUMENTS)
+        if tokenizer is not None:
+            logger.warning("tokenizer is processing_class today; taken as that.")
+        check_arguments(model, ref_model, args)
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
         self.tokenize_reports: dict[str, TokenizeReport] = {}
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
@@ -108,6 +130,7 @@ class DPOTrainer(ReferenceTrainer):
         policy = load_policy(model, args, peft_config, quantization_config)
         choose_adapters(policy, args)
         check_vocabulary(self.tokenizer, policy)
+        self._router_loss_weight = router_loss_weight(policy, args)
         for name, dataset in given.items():
             check_token_ids(dataset, policy.config.get_text_config().vocab_size, name)
         if args.disable_dropout:
@@ -124,6 +147,7 @@ class DPOTrainer(ReferenceTrainer):
             train_dataset=cast(Any, train_dataset),
             eval_dataset=cast(Any, eval_dataset),
             processing_class=self.tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -174,45 +198,24 @@ class DPOTrainer(ReferenceTrainer):
     ) -> Any:
         """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
         call = model_call(inputs)
+        router = {"output_router_logits": True} if self._router_loss_weight else {}
         with self._logprob_forward.installed():
             # the reference goes first: the policy's activations are not in memory yet
             reference = stored_logps(inputs) or self._reference(cast(Model, self.model), call)
-            policy = model(**call, logprob_stats=self._statistics)
+            policy = model(**call, **router, logprob_stats=self._statistics)
         offsets = inputs["offsets"].to(policy["logprob"].device)
         logps = pair_logps(policy, reference, offsets, self._loss_options)
-        chosen_len, rejected_len = offsets.diff().chunk(2)
-
-        def per_side(token_values: Tensor) -> tuple[Tensor, Tensor]:
-            chosen, rejected = segment_sum(token_values, offsets).chunk(2)
-            return chosen, rejected
-
         output = pair_losses(logps, self._loss_options)
         loss = output.losses.mean()
-        with torch.no_grad():
-            statistics = {name: per_side(policy[name].detach().to(loss.dtype)) for name in STATISTICS}
-            table = metrics.per_pair_table(
-                {
-                    "chosen_tokens": chosen_len,
-                    "rejected_tokens": rejected_len,
-                    "num_tokens": inputs["attention_mask"].to(offsets.device).sum(1).view(2, -1).sum(0),
-                    "loss": output.losses,
-                    "rewards/chosen": output.chosen_rewards,
-                    "rewards/rejected": output.rejected_rewards,
-                    "rewards/accuracies": output.chosen_rewards > output.rejected_rewards,
-                    "rewards/margins": output.chosen_rewards - output.rejected_rewards,
-                    "logps/chosen": logps.chosen,
-                    "logps/rejected": logps.rejected,
-                    "logits/chosen": statistics["mean_logit"][0],
-                    "logits/rejected": statistics["mean_logit"][1],
-                    "entropy": statistics["entropy"][0] + statistics["entropy"][1],
-                    "mean_token_accuracy": statistics["is_top1"][0],
-                }
-            )
-            if cast(Model, self.model).training:
-                self._sums["train"].add(table)
-            else:
-                # drops the pairs that accelerate repeats to fill the last batch
-                self._sums["eval"].add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
+        weight, aux_loss = self._router_loss_weight, policy.get("aux_loss")
+        if aux_loss is not None:
+            loss = loss + weight * aux_loss.to(loss.device)
+        table = metrics.batch_table(output, logps, policy, offsets, inputs["attention_mask"], aux_loss, weight)
+        if cast(Model, self.model).training:
+            self._sums["train"].add(table)
+        else:
+            # drops the pairs that accelerate repeats to fill the last batch
+            self._sums["eval"].add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
         return (loss, table) if return_outputs else loss
 
     def prediction_step(
@@ -225,7 +228,10 @@ class DPOTrainer(ReferenceTrainer):
         # Trainer's own computes a loss only where a batch has labels
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs), None, None
+            loss, table = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, cast(Any, metrics.predictions(table)), torch.zeros_like(table[:, 0], dtype=torch.long)
 
     # metrics
 
@@ -241,7 +247,7 @@ class DPOTrainer(ReferenceTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """The metrics of `test_dataset`, which may hold text or messages; there are no predictions to return."""
+        """The metrics of `test_dataset`, which may hold text or messages, and its predictions (see the class)."""
         test_dataset = self._prepare_dataset(test_dataset, self.args, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 

@@ -1,0 +1,62 @@
+"""What tokenization did to a dataset, in numbers and in one line."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastdpo.data.errors import count
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What tokenization kept, dropped and will cut. Counts are rows (pairs); None for a lazy IterableDataset.
+
+    rows: rows that are left.
+    dropped_long_prompt: rows dropped because the prompt alone fills `max_length` (keep_start only, as TRL).
+    dropped_unscored: other rows dropped because neither completion has a scored token.
+    truncated_chosen, truncated_rejected: kept rows whose sequence the collator cuts at `max_length`.
+    empty_after_truncation: kept rows in which one completion has no scored token.
+    shortened_prompts, shortened_chosen, shortened_rejected: kept rows in which a part was longer than
+        `max_prompt_length` or `max_completion_length` and was cut to it.
+    prompt_cut: rows whose prompt ends in tokens that are not a prefix of prompt + completion; these tokens
+        are left out (see `tokenize_row`).
+    """
+
+    name: str
+    rows: int | None
+    max_length: int | None
+    dropped_long_prompt: int | None = None
+    dropped_unscored: int | None = None
+    truncated_chosen: int | None = None
+    truncated_rejected: int | None = None
+    empty_after_truncation: int | None = None
+    shortened_prompts: int | None = None
+    shortened_chosen: int | None = None
+    shortened_rejected: int | None = None
+    prompt_cut: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.rows is None:
+            return f"{self.name}: streamed, rows are tokenized as they come and not counted"
+        pairs = f"{self.name}: {count(self.rows, 'pair')}"
+        if self.max_length is None:
+            parts = [f"{pairs}, no max_length"]
+        else:
+            parts = [
+                f"{pairs}; max_length {self.max_length} cuts {self.truncated_chosen} chosen and "
+                f"{self.truncated_rejected} rejected",
+                f"dropped {self.dropped_long_prompt} whose prompt alone fills it",
+            ]
+        if self.shortened_prompts:
+            parts.append(f"max_prompt_length cuts {count(self.shortened_prompts, 'prompt')} from the left")
+        if self.shortened_chosen or self.shortened_rejected:
+            parts.append(
+                f"max_completion_length cuts {self.shortened_chosen} chosen and {self.shortened_rejected} rejected"
+            )
+        if self.dropped_unscored:
+            parts.append(f"dropped {self.dropped_unscored} without a scored token")
+        if self.empty_after_truncation:
+            parts.append(f"{self.empty_after_truncation} with no scored token in one of the completions")
+        return "; ".join(parts)
