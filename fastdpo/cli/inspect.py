@@ -1,0 +1,146 @@
+"""`fastdpo inspect`: what preference data becomes under a model's tokenizer, before anything is trained."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.command import CommandParser, count_above, run_command
+from fastdpo.cli.fields import FIELDS
+from fastdpo.cli.parsing import UsageError
+
+MAX_LENGTH = next(field.default for field in FIELDS if field.name == "max_length")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 done, 1 failed, 2 the input was wrong."""
+    return run_command(_build_parser(), argv, work, render)
+
+
+def _build_parser() -> CommandParser:
+    parser = CommandParser(
+        "inspect",
+        "DATA --model MODEL [arguments]",
+        "Tokenize preference pairs as training does and say what is in them: lengths, what is cut and dropped,\n"
+        "rows that teach nothing, special tokens that are doubled or missing. No model is loaded.",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("data", metavar="DATA", nargs="?", help="a file, a saved folder, or a name in dataset_info.json")
+    data.add_argument("-m", "--model", metavar="FOLDER", help="folder or hub name of the model: its tokenizer is used")
+    data.add_argument("--split", default="train", metavar="STR", help="split of the data (default: train)")
+    data.add_argument("--dataset_config", metavar="STR", help="configuration of a hub dataset")
+    data.add_argument("--dataset_dir", metavar="FOLDER", help="folder of the dataset_info.json that names DATA")
+    data.add_argument("--skip_bad_rows", action="store_true", help="go on without rows that cannot be used")
+    data.add_argument("--dataset_num_proc", type=count_above(1), metavar="INT", help="processes (default: 1)")
+    data.add_argument("--trust_remote_code", action="store_true", help="run code that the model's folder brings")
+
+    lengths = parser.add_argument_group("truncation")
+    lengths.add_argument(
+        "--max_length",
+        type=count_above(2),
+        nargs="+",
+        default=[MAX_LENGTH],
+        metavar="INT",
+        help=f"tokens of prompt plus completion; several give a table (default: {MAX_LENGTH})",
+    )
+    lengths.add_argument(
+        "--truncation_mode",
+        choices=("keep_start", "keep_end"),
+        default="keep_start",
+        help="which end of a longer sequence is kept (default: keep_start)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--row", type=count_above(0), default=0, metavar="INT", help="pair to show (default: 0)")
+    output.add_argument(
+        "--out", default="fastdpo_inspect.png", metavar="FILE", help="histogram (default: fastdpo_inspect.png)"
+    )
+    return parser
+
+
+def work(given: argparse.Namespace) -> dict[str, Any]:
+    """The report, with the histogram written."""
+    for name, value, what in (("DATA", given.data, "the pairs"), ("--model", given.model, "a model's folder")):
+        if value is None:
+            raise UsageError(f"{name} is missing: fastdpo inspect DATA --model MODEL, where {name} is {what}")
+    _check_tokenizer_folder(given.model)
+    out = Path(given.out)
+    if out.suffix != ".png" or out.is_dir():
+        raise UsageError(f"--out should be a file that ends in .png, got {given.out}")
+
+    from transformers import AutoTokenizer
+
+    from fastdpo.cli.show import example_pair, no_bars_without_terminal
+    from fastdpo.data.collate import DataCollatorForPreference
+    from fastdpo.data.formats import load_preferences
+    from fastdpo.data.inspection import histogram_png, inspect_pairs
+    from fastdpo.training.files import write_atomic
+
+    no_bars_without_terminal()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(given.model, trust_remote_code=given.trust_remote_code)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
+        raise UsageError(f"{given.model} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    rows = load_preferences(
+        given.data,
+        split=given.split,
+        config=given.dataset_config,
+        dataset_dir=given.dataset_dir,
+        skip_bad_rows=given.skip_bad_rows,
+    )
+    if given.row >= len(rows):
+        raise UsageError(f"--row {given.row} is not there: {given.data} has rows 0 to {len(rows) - 1}")
+    options = {"truncation_mode": given.truncation_mode, "num_proc": given.dataset_num_proc}
+    inspection = inspect_pairs(rows, tokenizer, given.max_length, name=Path(given.data).name, **options)
+    collator = DataCollatorForPreference(0, given.max_length[0], given.truncation_mode)
+    example = inspection.pairs[given.row]
+    write_atomic(out, histogram_png(inspection, given.max_length))
+    return {
+        **inspection.report,
+        "example": {"row": given.row, "text": example_pair(tokenizer, collator, example)},
+        "histogram": str(out),
+    }
+
+
+def _check_tokenizer_folder(name: str) -> None:
+    """A hub name is looked up later; a path is judged now."""
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UsageError(f"no such model: {name} is a file; give the folder that holds its tokenizer")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UsageError(f"no such model: the folder {name} does not exist")
+    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise UsageError(f"the folder {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    quantiles = report["lengths"]
+    columns = list(quantiles["prompt"])
+    lines = [
+        f"{report['name']}: {report['rows']} pairs of {report['kind']}"
+        + (f", {report['with_tools']} with tools" if report["with_tools"] else ""),
+        f"  identical pairs     {report['identical']:>6}  (chosen is rejected: no gradient)",
+        f"  duplicated rows     {report['duplicated']:>6}  (the same as an earlier row)",
+        f"  distinct prompts    {report['distinct_prompts']:>6}",
+        f"  chosen is longer in {report['chosen_longer']:>6.1%}  of the pairs",
+        "",
+        "tokens                    " + "".join(f"{name:>8}" for name in columns),
+        *(
+            f"  {name:<24}" + "".join(f"{values[column]:>8.0f}" for column in columns)
+            for name, values in quantiles.items()
+        ),
+        "",
+        f"max_length ({report['truncation_mode']})   kept  chosen cut  rejected cut  dropped: long prompt  unscored",
+    ]
+    for cut in report["truncation"]:
+        lines.append(
+            f"  {cut['max_length']:>8} {cut['rows']:>17} {cut['truncated_chosen']:>11} {cut['truncated_rejected']:>13} "
+            f"{cut['dropped_long_prompt']:>21} {cut['dropped_unscored']:>9}"
+        )
+    lines += ["", "special tokens:" if report["findings"] else "special tokens: nothing unusual"]
+    lines += [f"  {finding}" for finding in report["findings"]]
+    lines += ["", f"pair {report['example']['row']} as it is trained on, scored tokens between >>> and <<<:"]
+    lines += [report["example"]["text"], "", f"histogram: {report['histogram']}"]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""A finished run's folder: what it trained, with which beta, and what its reference was."""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdpo.training.report import FOLDER
+from fastdpo.training.saved_models import read_adapter_config
+
+logger = logging.getLogger(__name__)
+
+_PRECOMPUTED = re.compile(r"log-probs precomputed in .* from (.*)", re.S)
+_GIVEN = re.compile(r"the model given as ref_model \((.+?)\).*", re.S)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """folder: the run's output_dir. is_adapter: an adapter was trained, over `base`; else a whole model, from `base`.
+
+    base: None where neither adapter nor summary names it. beta: None where no summary.json says it. reference: the line
+    that the summary has about it, "" where there is none.
+    """
+
+    folder: str
+    is_adapter: bool
+    base: str | None
+    beta: float | None
+    reference: str
+
+
+def read_run(folder: str) -> SavedRun:
+    """Look into a run's folder. Raises ValueError with one sentence where it holds no model."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"no such run: the folder {folder} does not exist")
+    adapter, whole = (path / "adapter_config.json").is_file(), (path / "config.json").is_file()
+    if not adapter and not whole:
+        raise ValueError(
+            f"the folder {folder} holds neither a model (config.json) nor an adapter (adapter_config.json)"
+        )
+    summary = _read_summary(path / FOLDER / "summary.json")
+    model = summary.get("model") or {}
+    if adapter and whole:  # of two runs in one folder, the summary is of the later one
+        adapter = model.get("trained_as", "lora") != "full"
+    base = model.get("name_or_path")
+    if adapter:
+        base = read_adapter_config(folder).base_model_name_or_path or base
+    beta = (summary.get("settings") or {}).get("beta")
+    return SavedRun(folder, adapter, base, beta, summary.get("reference") or "")
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} should be a JSON object, got {type(summary).__name__}")
+    return summary
+
+
+def reference_path(run: SavedRun, ref_model: str | None = None) -> str | None:
+    """The reference model's path; None is the run's own base model with the adapter switched off.
+
+    ref_model wins; then what the summary says. A reference that the run does not keep (another adapter, a moving one)
+    is answered by the model that training started from, and a log line says so. Raises ValueError where no model is
+    known.
+    """
+    if ref_model is not None:
+        return ref_model
+    told = _PRECOMPUTED.sub(r"\1", run.reference)
+    given = _GIVEN.fullmatch(told)
+    if given and given[1] != "an instance":
+        if "mixed with the policy" in told:
+            logger.warning(f"the run's reference moved with the policy; it is compared with its start, {given[1]}")
+        return given[1]
+    start = "the base model, its adapter switched off" if run.is_adapter else run.base
+    if start is None:
+        raise ValueError(
+            f"{run.folder} has no {FOLDER}/summary.json that says which model was trained; give the ref_model"
+        )
+    same = ("the base model of the policy", "a frozen copy of the starting policy", "the starting policy")
+    if told and not told.startswith(same):
+        logger.warning(f"the run's reference was {told}, which is not kept; it is compared with {start}")
+    return None if run.is_adapter else run.base
