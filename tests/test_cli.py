@@ -470,6 +470,8 @@ def test_odd_rows_are_counted_and_training_goes_on(
     assert "on 3 pairs" in out
     summary = json.loads((tmp_path / "out/dpo_metrics/summary.json").read_text())
     assert summary["data"]["tokenized"]["train"]["dropped_long_prompt"] == 1
+    assert summary["reference"] == "a frozen copy of the starting policy"
+    assert f"reference: {summary['reference']}." in err
 
 
 @pytest.fixture(scope="module")
