@@ -582,6 +582,8 @@ trainer = module.make(Path(sys.argv[2]), ddp_find_unused_parameters=False, per_d
 trainer.train()
 if trainer.args.process_index == 0:
     torch.save(module.losses(trainer), sys.argv[2] + "/losses.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # or threads of gloo may abort a process that ends first
 """
 
 

@@ -52,7 +52,7 @@ REGRESSIONS = {
     "softcap under torch.compile": ("test_compile::test_compiled_is_eager_to_the_bit",),
     "N*V > 2^31, N >= 65536, a device that is not the current one": (
         "test_linear_logprob::test_more_tokens_and_logits_than_16_and_31_bits_count",
-        "test_gpu::test_more_than_two_to_the_31_logits",
+        "test_gpu::test_more_than_two_to_the_31_logits_in_all",
         "test_gpu::test_offsets_past_two_to_the_31_in_one_tensor",
         "test_compile::test_a_device_that_is_not_current",
     ),

@@ -412,6 +412,8 @@ try:
     module.make(Path(sys.argv[2]), callbacks=stop, **options).train(resume_from_checkpoint=True)
 except module.Killed:
     pass
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # or threads of gloo may abort a process that ends first
 """
 
 

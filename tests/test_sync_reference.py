@@ -360,6 +360,8 @@ for kind, policy in (("lora", module.adapted), ("full", module.model), ("start",
     trainer.train()
     if trainer.args.process_index == 0:
         torch.save(module.losses(trainer), f"{sys.argv[2]}/{kind}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # or threads of gloo may abort a process that ends first
 """
 
 

@@ -107,7 +107,10 @@ def run(request: Request) -> str:
         from fastdpo.cli.demo import run_demo
 
         return run_demo(session)
-    return session.train()
+    text = session.train()
+    # without it a process that ends before the others may abort in its group's threads
+    session.trainer.accelerator.end_training()
+    return text
 
 
 def build_config(request: Request) -> "DPOConfig":
