@@ -320,7 +320,7 @@ def test_write_atomic_leaves_the_old_content_on_an_error(tmp_path: Path, monkeyp
 
 
 SCRIPT = """
-import importlib.util, os, sys, torch
+import importlib.util, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("resume_tests", sys.argv[1])
@@ -400,7 +400,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
 
 
 TWO_PROCESSES = """
-import importlib.util, sys, torch
+import importlib.util, os, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("resume_tests", sys.argv[1])
