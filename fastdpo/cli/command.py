@@ -104,7 +104,7 @@ def run_command(
     try:
         given = parser.read(argv)
         # libraries print to stdout, which is the result's
-        with contextlib.redirect_stdout(sys.stderr), _log_to_stderr():
+        with contextlib.redirect_stdout(sys.stderr), log_to_stderr():
             result = work(given)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -112,21 +112,21 @@ def run_command(
     except (ValueError, OSError, ImportError) as error:
         # a message of ours may list rows line by line
         ours = type(error).__module__.startswith("fastdpo.")
-        return _fail(debug, f"{parser.prog}: error: {error if ours else one_sentence(error)}", 2)
+        return fail(debug, f"{parser.prog}: error: {error if ours else one_sentence(error)}", 2)
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback)"
-        return _fail(debug, f"{parser.prog}: failed: {type(error).__name__}: {one_sentence(error)}{hint}", 1)
+        return fail(debug, f"{parser.prog}: failed: {type(error).__name__}: {one_sentence(error)}{hint}", 1)
     text = json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) if given.json else render(result)
     try:
         print(text, flush=True)
     except OSError as error:
         # the interpreter flushes once more as it ends, and would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail(debug, f"{parser.prog}: failed: the result cannot be printed to stdout: {error.strerror}", 1)
+        return fail(debug, f"{parser.prog}: failed: the result cannot be printed to stdout: {error.strerror}", 1)
     return 0
 
 
-def _fail(debug: bool, message: str, code: int) -> int:
+def fail(debug: bool, message: str, code: int) -> int:
     if debug:
         traceback.print_exc()
     print(message, file=sys.stderr)
@@ -143,7 +143,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _log_to_stderr() -> Iterator[None]:
+def log_to_stderr() -> Iterator[None]:
     """The package's own log lines, bare, on stderr."""
     logger = logging.getLogger("fastdpo")
     handler = logging.StreamHandler(sys.stderr)

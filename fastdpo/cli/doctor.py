@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from typing import Any
 from fastdpo import __version__
 from fastdpo.cli import doctor_machine as machine
 from fastdpo.cli.checks import check_model_folder
+from fastdpo.cli.command import fail
 from fastdpo.cli.doctor_machine import Finding
 from fastdpo.cli.doctor_report import render
 from fastdpo.cli.parsing import UsageError
@@ -49,25 +49,18 @@ def main(argv: list[str]) -> int:
         print("fastdpo doctor: interrupted", file=sys.stderr)
         return 130
     except UsageError as error:
-        return _fail(debug, f"fastdpo doctor: error: {error}", 2)
+        return fail(debug, f"fastdpo doctor: error: {error}", 2)
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback)"
-        return _fail(debug, f"fastdpo doctor: failed: {type(error).__name__}: {_one_line(error)}{hint}", 1)
+        return fail(debug, f"fastdpo doctor: failed: {type(error).__name__}: {_one_line(error)}{hint}", 1)
     text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n" if given.json else render(report)
     try:
         print(text, end="", flush=True)
     except OSError as error:
         # the interpreter flushes once more as it ends, and would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail(debug, f"fastdpo doctor: failed: the report cannot be printed to stdout: {error.strerror}", 1)
+        return fail(debug, f"fastdpo doctor: failed: the report cannot be printed to stdout: {error.strerror}", 1)
     return 0 if report["ok"] else 1
-
-
-def _fail(debug: bool, message: str, code: int) -> int:
-    if debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    return code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,14 +5,13 @@ stdout gets the result, stderr everything else.
 """
 
 import contextlib
-import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.cli.checks import TrainingFailed, check_output_folder, check_request, one_sentence
+from fastdpo.cli.command import fail, log_to_stderr
 from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.parsing import Request, UsageError, help_text, parse
 
@@ -34,56 +33,31 @@ def main(argv: list[str]) -> int:
     try:
         request = parse(argv)
         # progress bars and libraries print to stdout, which is the result's
-        with contextlib.redirect_stdout(sys.stderr), _log_to_stderr():
+        with contextlib.redirect_stdout(sys.stderr), log_to_stderr():
             result = run(request)
     except KeyboardInterrupt:
         print("fastdpo train: interrupted; --resume_from_checkpoint goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         message = str(error) if _is_ours(error) else one_sentence(error)
-        return _fail(debug, f"fastdpo train: error: {message}", 2)
+        return fail(debug, f"fastdpo train: error: {message}", 2)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
         hint = "" if debug else " (--debug shows the traceback)"
-        return _fail(debug, f"fastdpo train: failed: {type(cause).__name__}: {one_sentence(cause)}{hint}", 1)
+        return fail(debug, f"fastdpo train: failed: {type(cause).__name__}: {one_sentence(cause)}{hint}", 1)
     try:
         print(result, end="", flush=True)
     except OSError as error:
         # the interpreter flushes once more as it ends, and would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message = f"training is done and saved, but its result cannot be printed to stdout: {error.strerror}"
-        return _fail(debug, f"fastdpo train: failed: {message}", 1)
+        return fail(debug, f"fastdpo train: failed: {message}", 1)
     return 0
-
-
-def _fail(debug: bool, message: str, code: int) -> int:
-    if debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    return code
 
 
 def _is_ours(error: BaseException) -> bool:
     """Whether the message was written for the user, possibly over several lines (bad rows)."""
     return type(error).__module__.startswith("fastdpo.")
-
-
-@contextlib.contextmanager
-def _log_to_stderr() -> Any:
-    """The package's own log lines, bare, on stderr."""
-    logger = logging.getLogger("fastdpo")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
 def run(request: Request) -> str:

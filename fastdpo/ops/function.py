@@ -207,8 +207,8 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None], gradients: Implementa
         tensors = ctx.saved_tensors  # once: a non-reentrant checkpoint unpacks a tensor no second time
         found = gradients(up, up_entropy, *tensors[:8], list(tensors[8:]), list(ctx.sizes), *ctx.dtypes, *settings)
     wanted = iter(found)
-    tensors = (needs.hidden, needs.weight, needs.bias, needs.lora_hidden, needs.lora_weight)
-    by_argument = (next(wanted, None) if need else None for need in tensors)
+    per_argument = (needs.hidden, needs.weight, needs.bias, needs.lora_hidden, needs.lora_weight)
+    by_argument = (next(wanted, None) if need else None for need in per_argument)
     return (*by_argument, None, None, *(None,) * len(settings))
 
 
