@@ -110,7 +110,7 @@ def test_position_0_is_not_scored_and_empty_segments_stay():
 def test_only_ids_are_collated():
     examples = [{**example, "ref_chosen_logps": None, "note": "x"} for example in EXAMPLES]
     batch = DataCollatorForPreference(pad_token_id=0)(examples)
-    assert set(batch) == {"input_ids", "attention_mask", "rows", "targets", "offsets"}
+    assert set(batch) == {"input_ids", "attention_mask", "rows", "targets", "offsets", "lengths"}
 
 
 def test_ids_may_be_tensors():

@@ -127,6 +127,35 @@ def test_a_max_length_that_leaves_nothing_is_an_answer(
     assert (cut["rows"], cut["dropped_long_prompt"]) == (0, 4)
 
 
+def test_what_is_too_long_and_what_is_scored(inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path):
+    data = write(TEXT)
+    for how in ("truncate", "drop", "error"):
+        code, text, err = inspect(data, "-m", tokenizer_dir, "--max_length", 14, 1000, "--on_overlong", how, "--json")
+        assert code == 0, err
+        short, whole = json.loads(text)["truncation"]
+        assert (short["overlong"], whole["overlong"]) == (3, 0)
+        assert short["dropped_overlong"] == (3 if how == "drop" else 0)
+        assert short["rows"] + short["dropped_long_prompt"] + short["dropped_overlong"] == 4
+    _, text, _ = inspect(data, "-m", tokenizer_dir, "--max_length", 14, "--on_overlong", "error")
+    assert "on_overlong error: training would stop at the pairs that are longer" in text
+    turns = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    answers = [[*turns, {"role": "assistant", "content": content}] for content in ("yes", "no")]
+    data = write([{"chosen": answers[0], "rejected": answers[1]}], "minimind.jsonl")
+    code, text, err = inspect(data, "-m", tokenizer_dir, "--scored_turns", "all")
+    assert code == 0, err
+    header = "<|im_start|>user\\nc<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n"
+    assert f">>>b<|im_end|>\\n<<<{header}>>>yes<|im_end|>\\n<<<" in text
+    assert f">>>b<|im_end|>\\n<<<{header}>>>no<|im_end|>\\n<<<" in text
+
+
+def test_several_datasets(inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path):
+    one, two = write(TEXT), write(TEXT[:1], "more.jsonl")
+    code, text, err = inspect(f"{one},{two}", "-m", tokenizer_dir, "--max_samples", 3, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert (report["name"], report["rows"], report["duplicated"]) == ("pairs.jsonl, more.jsonl", 4, 2)
+
+
 def test_special_tokens_that_are_wrong_are_named(
     inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path, tmp_path: Path
 ):

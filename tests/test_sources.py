@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from fastdpo.data.errors import RowError
+from fastdpo.data.files import read_file
 from fastdpo.data.formats import DataError, load_preferences
-from fastdpo.data.sources import read_file
 
 TEXT = {"prompt": "Sky?", "chosen": " Blue.", "rejected": " Green."}
 MORE = {"prompt": "a\nb", "chosen": ' "quoted"', "rejected": " \u2028, NA"}
@@ -187,7 +187,7 @@ def test_a_folder_of_data_files(tmp_path, tmp_path_factory, monkeypatch):
 
 def test_a_folder_of_files_that_only_datasets_reads(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    with pytest.raises(DataError, match=r"could not be loaded \(.*any data files\)"):
+    with pytest.raises(DataError, match=r"holds no data files \(.*no dataset_info\.json"):
         load_preferences(str(tmp_path))
     packed = tmp_path / "train.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(TEXT).encode()))

@@ -1,5 +1,6 @@
 """Token ids against TRL 1.16's own preparation of the same rows, on real pairs and on awkward ones."""
 
+import json
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastdpo.data.formats import DataError, load_preferences, normalize_dataset
-from fastdpo.data.tokenize import ID_COLUMNS, common_prefix_length, tokenize_dataset
+from fastdpo.data.rows import common_prefix_length
+from fastdpo.data.tokenize import ID_COLUMNS, tokenize_dataset
 
 TEMPLATE = (
     "{% if tools %}T:{{ tools | tojson }}\n{% endif %}{% if style %}S:{{ style }}\n{% endif %}"
@@ -172,6 +174,46 @@ def test_arguments_of_tool_calls_reach_the_template_as_objects(tokenizer):
     assert tokenizer.decode(ids["chosen_ids"][0]) == 'call:{"a": 2}</s>\n'
 
 
+def test_llama_factory_s_calls_and_observations(tokenizer):
+    """Their tags, rendered by a template with tools, are what TRL makes of the same conversation in its own form."""
+    tools = [{"name": "add", "parameters": {"type": "object"}}]
+    row = {
+        "conversations": [
+            {"from": "human", "value": "2 + 2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "observation", "value": "4"},
+        ],
+        "chosen": {"from": "gpt", "value": "It is 4."},
+        "rejected": {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 3}}'},
+        "tools": json.dumps(tools),
+    }
+    normal = normalize_dataset(Dataset.from_list([row]))
+    assert isinstance(normal, Dataset)
+    ids = our_ids(normal, tokenizer)
+    wrapped = json.dumps([{"type": "function", "function": tools[0]}])
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    theirs = {
+        "prompt": [
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+        ],
+        "chosen": [{"role": "assistant", "content": "It is 4."}],
+        "rejected": [
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{**call, "function": {"name": "add", "arguments": {"a": 3}}}],
+            }
+        ],
+        "tools": wrapped,
+    }
+    assert ids == trl_ids(Dataset.from_list([theirs]), tokenizer)
+    text = tokenizer.decode(ids["prompt_ids"][0])
+    assert text.startswith('T:[{"type": "function", "function": {"name": "add"')
+    assert '<assistant>call:{"a": 2}</s>\n<tool>4</s>\n<assistant>' in text
+
+
 def test_rows_are_dropped_as_trl_drops_them(tokenizer):
     # prompts of 3, 4 and 5 tokens: at max_length 4 the second leaves no room for a completion token
     dataset = text_rows(*[("x" * length, "y", "zzz") for length in (3, 4, 5)])
@@ -194,6 +236,8 @@ def test_report(tokenizer):
         "name": "eval",
         "rows": 3,
         "max_length": 4,
+        "overlong": 3,
+        "dropped_overlong": 0,
         "dropped_long_prompt": 1,
         "dropped_unscored": 0,
         "truncated_chosen": 1,
@@ -206,6 +250,40 @@ def test_report(tokenizer):
     }
     _, report = tokenize_dataset(dataset.select([2]), tokenizer, max_length=None)
     assert str(report) == "train: 1 pair, no max_length"
+
+
+def test_pairs_that_are_too_long(tokenizer):
+    """Prompt, chosen and rejected of 2 + 2 + 5, 2 + 5 + 2, 2 + 2 + 2 and 9 + 2 + 2 tokens."""
+    dataset = text_rows(("xx", "y", "zzzz"), ("xx", "yyyy", "z"), ("xx", "y", "z"), ("x" * 9, "y", "z"))
+    stream = dataset.to_iterable_dataset()
+    limits = {"max_length": 4, "on_overlong": "drop"}
+    for mode in ("keep_start", "keep_end"):
+        left, report = tokenize_dataset(dataset, tokenizer, truncation_mode=mode, **limits)
+        assert [tokenizer.decode(row["chosen_ids"]) for row in left] == ["y</s>"]
+        assert (report.rows, report.overlong, report.dropped_overlong, report.dropped_long_prompt) == (1, 3, 3, 0)
+        assert (report.truncated_chosen, report.truncated_rejected) == (0, 0)
+        assert str(report).endswith("; dropped 3 longer than max_length")
+        assert list(tokenize_dataset(stream, tokenizer, truncation_mode=mode, **limits)[0]) == list(left)
+    assert len(list(tokenize_dataset(dataset, tokenizer, max_length=11, on_overlong="error")[0])) == 4
+    with pytest.raises(DataError) as caught:
+        tokenize_dataset(dataset, tokenizer, max_length=4, on_overlong="error")
+    assert str(caught.value) == (
+        "train: 3 pairs of 4 are longer than max_length=4, and on_overlong is 'error':\n"
+        "  train[0]: 4 tokens with chosen, 7 with rejected\n"
+        "  train[1]: 7 tokens with chosen, 4 with rejected\n"
+        "  train[3]: 11 tokens with chosen, 11 with rejected\n"
+        "Raise max_length, or take on_overlong=drop or truncate."
+    )
+    stream = dataset.select([2, 1]).to_iterable_dataset()
+    with pytest.raises(DataError, match=r"train\[1\]: 7 tokens with chosen, 4 with rejected"):
+        list(tokenize_dataset(stream, tokenizer, max_length=4, on_overlong="error")[0])
+    with pytest.raises(DataError, match=r"all 4 rows were dropped, .* on_overlong is 'drop', .* shortest has 4 tokens"):
+        tokenize_dataset(dataset, tokenizer, max_length=3, on_overlong="drop")
+    with pytest.raises(ValueError, match="on_overlong is 'cut'; wanted one of truncate, drop, error"):
+        tokenize_dataset(dataset, tokenizer, max_length=3, on_overlong="cut")
+    # what max_prompt_length and max_completion_length leave is not too long
+    short = {"max_prompt_length": 2, "max_completion_length": 2, "on_overlong": "error"}
+    assert tokenize_dataset(dataset, tokenizer, max_length=4, **short)[1].rows == 4
 
 
 def id_rows(*rows: tuple[Any, Any, Any]) -> list[dict[str, Any]]:

@@ -4,11 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.command import CommandParser, count_above, run_command
+from fastdpo.cli.command import CommandParser, check_output_file, count_above, run_command, write_result
 from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.parsing import UsageError
 
 MAX_LENGTH = next(field.default for field in FIELDS if field.name == "max_length")
+ON_OVERLONG, SCORED_TURNS = (
+    next(field.choices for field in FIELDS if field.name == name) for name in ("on_overlong", "scored_turns")
+)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -25,11 +28,17 @@ def _build_parser() -> CommandParser:
         "rows that teach nothing, special tokens that are doubled or missing. No model is loaded.",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("data", metavar="DATA", nargs="?", help="a file, a saved folder, or a name in dataset_info.json")
+    data.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="?",
+        help="a file, a saved folder, or a name in dataset_info.json; several with commas",
+    )
     data.add_argument("-m", "--model", metavar="FOLDER", help="folder or hub name of the model: its tokenizer is used")
     data.add_argument("--split", default="train", metavar="STR", help="split of the data (default: train)")
     data.add_argument("--dataset_config", metavar="STR", help="configuration of a hub dataset")
     data.add_argument("--dataset_dir", metavar="FOLDER", help="folder of the dataset_info.json that names DATA")
+    data.add_argument("--max_samples", type=count_above(1), metavar="INT", help="look at the first rows of each alone")
     data.add_argument("--skip_bad_rows", action="store_true", help="go on without rows that cannot be used")
     data.add_argument("--dataset_num_proc", type=count_above(1), metavar="INT", help="processes (default: 1)")
     data.add_argument("--trust_remote_code", action="store_true", help="run code that the model's folder brings")
@@ -49,6 +58,18 @@ def _build_parser() -> CommandParser:
         default="keep_start",
         help="which end of a longer sequence is kept (default: keep_start)",
     )
+    lengths.add_argument(
+        "--on_overlong",
+        choices=ON_OVERLONG,
+        default="truncate",
+        help="what becomes of pairs longer than max_length (default: truncate)",
+    )
+    lengths.add_argument(
+        "--scored_turns",
+        choices=SCORED_TURNS,
+        default="last",
+        help="score the completions, or the assistant's turns in the prompt too (default: last)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--row", type=count_above(0), default=0, metavar="INT", help="pair to show (default: 0)")
     output.add_argument(
@@ -66,14 +87,14 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     out = Path(given.out)
     if out.suffix != ".png" or out.is_dir():
         raise UsageError(f"--out should be a file that ends in .png, got {given.out}")
+    check_output_file(out)
 
     from transformers import AutoTokenizer
 
     from fastdpo.cli.show import example_pair, no_bars_without_terminal
     from fastdpo.data.collate import DataCollatorForPreference
-    from fastdpo.data.formats import load_preferences
     from fastdpo.data.inspection import histogram_png, inspect_pairs
-    from fastdpo.training.files import write_atomic
+    from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of
 
     no_bars_without_terminal()
     try:
@@ -82,20 +103,20 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
         raise UsageError(f"{given.model} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
-    rows = load_preferences(
-        given.data,
-        split=given.split,
-        config=given.dataset_config,
-        dataset_dir=given.dataset_dir,
-        skip_bad_rows=given.skip_bad_rows,
-    )
+    names = names_of(given.data, given.dataset_dir)
+    specs = [DatasetSpec(name, name=given.dataset_config, split=given.split) for name in names]
+    options = {"skip_bad_rows": given.skip_bad_rows, "max_samples": given.max_samples}
+    rows = load_mixture(specs, dataset_dir=given.dataset_dir, **options)
     if given.row >= len(rows):
         raise UsageError(f"--row {given.row} is not there: {given.data} has rows 0 to {len(rows) - 1}")
     options = {"truncation_mode": given.truncation_mode, "num_proc": given.dataset_num_proc}
-    inspection = inspect_pairs(rows, tokenizer, given.max_length, name=Path(given.data).name, **options)
+    options |= {"on_overlong": given.on_overlong, "scored_turns": given.scored_turns}
+    inspection = inspect_pairs(
+        rows, tokenizer, given.max_length, name=", ".join(Path(name).name for name in names), **options
+    )
     collator = DataCollatorForPreference(0, given.max_length[0], given.truncation_mode)
     example = inspection.pairs[given.row]
-    write_atomic(out, histogram_png(inspection, given.max_length))
+    write_result(out, histogram_png(inspection, given.max_length))
     return {
         **inspection.report,
         "example": {"row": given.row, "text": example_pair(tokenizer, collator, example)},
@@ -132,13 +153,17 @@ def render(report: dict[str, Any]) -> str:
             for name, values in quantiles.items()
         ),
         "",
-        f"max_length ({report['truncation_mode']})   kept  chosen cut  rejected cut  dropped: long prompt  unscored",
+        f"max_length ({report['truncation_mode']}, on_overlong {report['on_overlong']})",
+        "              longer    kept  chosen cut  rejected cut  dropped: overlong  long prompt  unscored",
     ]
     for cut in report["truncation"]:
         lines.append(
-            f"  {cut['max_length']:>8} {cut['rows']:>17} {cut['truncated_chosen']:>11} {cut['truncated_rejected']:>13} "
-            f"{cut['dropped_long_prompt']:>21} {cut['dropped_unscored']:>9}"
+            f"  {cut['max_length']:>8} {cut['overlong']:>9} {cut['rows']:>7} {cut['truncated_chosen']:>11} "
+            f"{cut['truncated_rejected']:>13} {cut['dropped_overlong']:>18} {cut['dropped_long_prompt']:>12} "
+            f"{cut['dropped_unscored']:>9}"
         )
+    if report["on_overlong"] == "error" and any(cut["overlong"] for cut in report["truncation"]):
+        lines.append("  on_overlong error: training would stop at the pairs that are longer, and name them")
     lines += ["", "special tokens:" if report["findings"] else "special tokens: nothing unusual"]
     lines += [f"  {finding}" for finding in report["findings"]]
     lines += ["", f"pair {report['example']['row']} as it is trained on, scored tokens between >>> and <<<:"]

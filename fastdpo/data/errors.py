@@ -23,3 +23,8 @@ def why_not_json(error: ValueError | RecursionError) -> str:
 def count(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line without its full stop."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -227,8 +227,8 @@ def _wrap_tools(value: Any) -> list[Any] | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable entry of a dataset_info.json: a local file or folder, or a hub name, and the layout of its
-    rows."""
+    """One usable entry of a dataset_info.json: a local file or folder, or a hub name, the layout of its rows, and how
+    many of them are meant."""
 
     name: str
     layout: Layout
@@ -236,6 +236,7 @@ class Entry:
     hub_name: str | None
     subset: str | None
     split: str | None
+    num_samples: int | None = None
 
 
 def read_entries(folder: Path) -> dict[str, Any]:
@@ -274,9 +275,12 @@ def parse_entry(name: str, entry: Any, folder: Path) -> Entry:
         raise DataError(f"{place} has {', '.join(media)}; only text is supported.")
     if not entry.get("file_name") and not entry.get("hf_hub_url"):
         raise DataError(f"{place} has neither file_name nor hf_hub_url, the two sources that can be read.")
+    samples = entry.get("num_samples")
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise DataError(f"{place}: num_samples is {samples!r}; wanted a whole number of at least 1.")
     file = folder / entry["file_name"] if entry.get("file_name") else None
     layout = Layout(formatting, columns, tags)
-    return Entry(name, layout, file, entry.get("hf_hub_url"), entry.get("subset"), entry.get("split"))
+    return Entry(name, layout, file, entry.get("hf_hub_url"), entry.get("subset"), entry.get("split"), samples)
 
 
 def _names(entry: Mapping[str, Any], key: str, place: str) -> dict[str, str]:

@@ -1,72 +1,30 @@
-"""Preference rows -> prompt_ids, chosen_ids, rejected_ids: the ids that TRL 1.16 makes of the same rows."""
+"""Preference rows -> a dataset of token ids, without the rows that `max_length` leaves nothing of."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.collate import check_truncation
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import warn_unused
-from fastdpo.data.messages import for_template, from_json
+from fastdpo.data.limits import Limits, apply_limits, keep_row, measure, none_left
+from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS, SCORED_TURNS, tokenize_row
 from fastdpo.data.tokenize_report import TokenizeReport
+
+__all__ = ["ID_COLUMNS", "MASK_COLUMNS", "TokenizeReport", "pair_columns", "tokenize_dataset"]
 
 logger = logging.getLogger(__name__)
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_PROMPT_CUT = "_prompt_tokens_cut"
 
-
-def common_prefix_length(ids: list[int], other: list[int]) -> int:
-    """How many leading tokens two sequences share."""
-    for length, (token, other_token) in enumerate(zip(ids, other, strict=False)):
-        if token != other_token:
-            return length
-    return min(len(ids), len(other))
-
-
-def tokenize_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tools: str | None = None) -> dict[str, Any]:
-    """One row of texts, or of lists of messages -> `prompt_ids`, `chosen_ids`, `rejected_ids`.
-
-    Prompt, prompt + chosen and prompt + rejected are tokenized as wholes (messages through the chat template,
-    the prompt with the generation prompt; text with the EOS token after the completion). A completion is what
-    follows the common prefix of prompt and whole, the shorter of both completions' prefixes, so that tokens
-    which merge across the boundary, or a template that renders the last turn otherwise, end up in the
-    completions and both completions share `prompt_ids`. This is TRL 1.16's rule
-    (`DPOTrainer._prepare_dataset`).
-
-    `tools` (a list, or its JSON text) and `chat_template_kwargs` (a dict, or its JSON text) go to the
-    template; rows without tools get those in `tools` (JSON text).
-    """
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if isinstance(prompt, str):
-        eos = tokenizer.eos_token
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        whole = [
-            tokenizer(prompt + (text if text.endswith(eos) else text + eos))["input_ids"] for text in (chosen, rejected)
-        ]
-    else:
-        options = {
-            "tools": from_json(row.get("tools")) or from_json(tools),
-            **(from_json(row.get("chat_template_kwargs")) or {}),
-        }
-        prompt = for_template(prompt)
-        prompt_ids = _apply_template(tokenizer, prompt, add_generation_prompt=True, **options)
-        whole = [
-            _apply_template(tokenizer, prompt + for_template(messages), **options) for messages in (chosen, rejected)
-        ]
-    shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
-    return {
-        "prompt_ids": prompt_ids[:shared],
-        "chosen_ids": whole[0][shared:],
-        "rejected_ids": whole[1][shared:],
-        _PROMPT_CUT: len(prompt_ids) - shared,
-    }
+def pair_columns(columns: Iterable[str]) -> list[str]:
+    """Of these columns the ones that make a pair: `ID_COLUMNS`, and `MASK_COLUMNS` where all of them are there."""
+    return [*ID_COLUMNS, *(MASK_COLUMNS if set(MASK_COLUMNS) <= set(columns) else ())]
 
 
 def tokenize_dataset(
@@ -81,6 +39,8 @@ def tokenize_dataset(
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
     tools: str | None = None,
+    on_overlong: str = "truncate",
+    scored_turns: str = "last",
 ) -> tuple[Dataset | IterableDataset, TokenizeReport]:
     """Tokenize the rows of `load_preferences` or `normalize_dataset`.
 
@@ -94,24 +54,37 @@ def tokenize_dataset(
     Before all that, prompts are cut from the left to `max_prompt_length` tokens and completions from the right to
     `max_completion_length` (as TRL up to 0.28); kept rows that lost tokens are counted. `tools`: see `tokenize_row`.
 
+    on_overlong: of a pair with a sequence longer than `max_length`, "truncate" leaves the cutting to the collator,
+    "drop" leaves the pair out and counts it, "error" raises `DataError` with the first of such rows and their lengths.
+
+    scored_turns: see `tokenize_row`; "all" adds `prompt_mask`, `chosen_mask`, `rejected_mask` (lists of 0 and 1, as
+    long as the ids, not truncated) to rows of messages. A tokenized dataset may bring all three.
+
     Raises `DataError` when the rows need what the tokenizer lacks (a chat template, an EOS token), when a
-    column is missing, when the template refuses a row, when given ids are none, or when no row is left.
+    column is missing, when the template refuses a row, when given ids or masks are none, or when no row is left.
     """
     check_truncation(max_length, truncation_mode)
+    if scored_turns not in SCORED_TURNS:
+        raise ValueError(f"scored_turns is {scored_turns!r}; wanted one of {', '.join(SCORED_TURNS)}.")
+    limits = Limits(max_length, truncation_mode, max_prompt_length, max_completion_length, on_overlong)
     first = next(iter(dataset), None)
     if first is None:
         raise DataError(f"{name}: the dataset has no row.")
     tokenized = set(ID_COLUMNS) <= first.keys()
-    kept_columns = [*ID_COLUMNS, *(column for column in keep if tokenized and column in first)]
     if tokenized:
         warn_unused(set(first).difference(keep), name)
+        columns = pair_columns(first)
         if isinstance(dataset, IterableDataset):
-            dataset = dataset.map(_check_ids, with_indices=True, fn_kwargs={"name": name})
+            dataset = dataset.map(_check_pair, with_indices=True, fn_kwargs={"name": name})
+        else:
+            _check_pairs(dataset, name)
     else:
         _check_tokenizer(first, tokenizer, name)
+        masked = scored_turns == "all" and not isinstance(first["prompt"], str)
+        columns = [*ID_COLUMNS, *(MASK_COLUMNS if masked else ())]
         options: dict[str, Any] = {
             "with_indices": True,
-            "fn_kwargs": {"tokenizer": tokenizer, "name": name, "tools": tools},
+            "fn_kwargs": {"tokenizer": tokenizer, "name": name, "tools": tools, "scored_turns": scored_turns},
             "remove_columns": list(first),
         }
         if isinstance(dataset, Dataset):
@@ -122,18 +95,21 @@ def tokenize_dataset(
             }
         dataset = dataset.map(_tokenize_indexed, **options)
 
-    parts = (max_prompt_length, max_completion_length, max_completion_length)
+    if scored_turns == "all" and len(columns) == len(ID_COLUMNS):
+        what = "tokenized already, without masks" if tokenized else "texts, which have no turns"
+        logger.warning(f"{name}: scored_turns='all' changes nothing: the rows are {what}.")
+    columns += [column for column in keep if tokenized and column in first]
     if isinstance(dataset, IterableDataset):
-        if any(parts):
-            dataset = dataset.map(_shorten, fn_kwargs={"parts": parts})
-        limits = {"max_length": max_length, "truncation_mode": truncation_mode}
-        dataset = dataset.select_columns(kept_columns).filter(_is_usable, fn_kwargs=limits)
+        if any(limits.parts):
+            dataset = dataset.map(limits.shorten)
+        dataset = dataset.select_columns(columns)
+        dataset = dataset.filter(keep_row, with_indices=True, fn_kwargs={"limits": limits, "name": name})
         return dataset, TokenizeReport(name, None, max_length)
 
-    lengths = _lengths(dataset, name if tokenized else None)
-    kept, report = _select(lengths, max_length, truncation_mode, name, parts)
-    if not kept:
-        raise DataError(_none_left(lengths, report))
+    lengths = measure(dataset)
+    kept, report = apply_limits(lengths, limits, name)
+    if not len(kept):
+        raise DataError(none_left(lengths, report))
     if report.prompt_cut:
         logger.warning(
             f"{name}: in {report.prompt_cut} of {len(kept)} rows the prompt alone ends in other tokens than "
@@ -143,50 +119,20 @@ def tokenize_dataset(
     if len(kept) < len(dataset):
         dataset = dataset.select(kept)
     if report.shortened_prompts or report.shortened_chosen or report.shortened_rejected:
-        dataset = dataset.map(_shorten, fn_kwargs={"parts": parts}, desc=f"Shortening {name}")
-    return dataset.select_columns(kept_columns), report
+        dataset = dataset.map(limits.shorten, desc=f"Shortening {name}")
+    return dataset.select_columns(columns), report
 
 
 def _tokenize_indexed(
-    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str, tools: str | None
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str, tools: str | None, scored_turns: str
 ) -> dict[str, Any]:
     try:
-        return tokenize_row(row, tokenizer, tools)
+        return tokenize_row(row, tokenizer, tools, scored_turns)
+    except TemplateSyntaxError as error:
+        reason = str(error.message).split(". ")[0].rstrip(".")
+        raise DataError(f"the tokenizer's chat template is not valid: line {error.lineno}: {reason}.") from None
     except TemplateError as error:
         raise DataError(f"{name}[{index}]: the chat template refuses this row: {error}") from None
-
-
-def _shorten(row: dict[str, Any], parts: tuple[int | None, ...]) -> dict[str, Any]:
-    """The prompt's last tokens and the completions' first ones; `parts`: how many of each, None for all."""
-    cuts = (slice(-parts[0] if parts[0] else None, None), slice(parts[1]), slice(parts[2]))
-    return {column: row[column][cut] for column, cut in zip(ID_COLUMNS, cuts, strict=True)}
-
-
-def _check_ids(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
-    for column in ID_COLUMNS:
-        ids: Any = row.get(column)
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a stream formatted as numpy or torch
-        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise DataError(_bad_ids(name, index, column))
-    return row
-
-
-def _bad_ids(name: str, index: int, column: str) -> str:
-    return f"{name}[{index}]: `{column}` is not a list of token ids; wanted integers of 0 or more."
-
-
-def _is_usable(row: dict[str, Any], max_length: int | None, truncation_mode: str) -> bool:
-    prompt = len(row["prompt_ids"])
-    return any(_scored(prompt, len(row[side]), max_length, truncation_mode)[1] for side in ID_COLUMNS[1:])
-
-
-def _scored(prompt: int, completion: int, max_length: int | None, truncation_mode: str) -> tuple[int, int]:
-    """How many tokens the collator cuts off a sequence of these lengths, and how many it then scores."""
-    whole = prompt + completion
-    over = max(whole - max_length, 0) if max_length is not None else 0
-    prompt_left = prompt if truncation_mode == "keep_start" else max(prompt - over, 0)
-    # position 0 has nothing before it that could predict it
-    return over, max(whole - over - max(prompt_left, 1), 0)
 
 
 def _check_tokenizer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -206,28 +152,27 @@ def _check_tokenizer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, na
         )
 
 
-def _lengths(dataset: Dataset, check: str | None) -> dict[str, list[int]]:
-    """Lengths of the id columns, and the cut tokens, read from Arrow without making Python lists of ids.
-
-    check: the dataset's name where the ids come from elsewhere; `DataError` then names the first row whose ids
-    are none.
-    """
-    columns = [column for column in (*ID_COLUMNS, _PROMPT_CUT) if column in dataset.column_names]
-    lengths: dict[str, list[int]] = {column: [] for column in columns}
+def _check_pairs(dataset: Dataset, name: str) -> None:
+    """Raise `DataError` for the first row whose ids or masks are none, without making Python lists of ids."""
+    columns = pair_columns(dataset.column_names)
+    done = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        for column in columns:
-            for chunk in cast("pa.Table", table).column(column).chunks:
-                if check is not None:
-                    bad = _first_bad_ids(chunk)
-                    if bad is not None:
-                        raise DataError(_bad_ids(check, len(lengths[column]) + bad, column))
-                lengths[column] += (
-                    chunk if column == _PROMPT_CUT else pc.call_function("list_value_length", [chunk])
-                ).to_pylist()
-    return lengths
+        chunks: dict[str, Any] = {column: cast("pa.Table", table).column(column).combine_chunks() for column in columns}
+        for column, chunk in chunks.items():
+            bad = _first_bad_list(chunk)
+            if bad is not None:
+                raise DataError(_bad_ids(name, done + bad, column))
+        for ids, mask in zip(ID_COLUMNS, columns[len(ID_COLUMNS) :], strict=False):
+            lengths = [pc.call_function("list_value_length", [chunks[column]]) for column in (ids, mask)]
+            same = pc.call_function("all", [pc.call_function("equal", lengths)]).as_py()
+            if not same or (pc.call_function("max", [chunks[mask].flatten()]).as_py() or 0) > 1:
+                rows = zip(chunks[ids].to_pylist(), chunks[mask].to_pylist(), strict=True)
+                bad = next(i for i, (tokens, marks) in enumerate(rows) if not _marks(marks, tokens))
+                raise DataError(_bad_mask(name, done + bad, mask, ids))
+        done += cast("pa.Table", table).num_rows
 
 
-def _first_bad_ids(chunk: Any) -> int | None:
+def _first_bad_list(chunk: Any) -> int | None:
     """The first element of an Arrow array that is not a list of integers of 0 or more."""
     kind = chunk.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -243,62 +188,29 @@ def _first_bad_ids(chunk: Any) -> int | None:
     )
 
 
-def _select(
-    lengths: dict[str, list[int]],
-    max_length: int | None,
-    truncation_mode: str,
-    name: str,
-    parts: tuple[int | None, ...],
-) -> tuple[list[int], TokenizeReport]:
-    """The rows that have something to score, and the counts of the others."""
-    kept: list[int] = []
-    long_prompt = unscored = empty = 0
-    truncated, shortened = [0, 0], [0, 0, 0]
-    for index, found in enumerate(zip(*(lengths[column] for column in ID_COLUMNS), strict=True)):
-        prompt, *completions = (min(n, limit or n) for n, limit in zip(found, parts, strict=True))
-        if truncation_mode == "keep_start" and max_length is not None and prompt >= max_length:
-            long_prompt += 1
-            continue
-        cut, scored = zip(*(_scored(prompt, n, max_length, truncation_mode) for n in completions), strict=True)
-        if not any(scored):
-            unscored += 1
-            continue
-        kept.append(index)
-        truncated = [total + (over > 0) for total, over in zip(truncated, cut, strict=True)]
-        shortened = [
-            total + (n > left) for total, n, left in zip(shortened, found, (prompt, *completions), strict=True)
-        ]
-        empty += not all(scored)
-    report = TokenizeReport(
-        name=name,
-        rows=len(kept),
-        max_length=max_length,
-        dropped_long_prompt=long_prompt,
-        dropped_unscored=unscored,
-        truncated_chosen=truncated[0],
-        truncated_rejected=truncated[1],
-        empty_after_truncation=empty,
-        shortened_prompts=shortened[0],
-        shortened_chosen=shortened[1],
-        shortened_rejected=shortened[2],
-        prompt_cut=sum(lengths[_PROMPT_CUT][index] > 0 for index in kept) if _PROMPT_CUT in lengths else 0,
-    )
-    return kept, report
+def _check_pair(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
+    """The same for one row of a stream."""
+    lists = {}
+    for column in pair_columns(row):
+        ids: Any = row.get(column)
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a stream formatted as numpy or torch
+        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise DataError(_bad_ids(name, index, column))
+        lists[column] = ids
+    for ids, mask in zip(ID_COLUMNS, MASK_COLUMNS, strict=True):
+        if mask in lists and not _marks(lists[mask], lists[ids]):
+            raise DataError(_bad_mask(name, index, mask, ids))
+    return row
 
 
-def _none_left(lengths: dict[str, list[int]], report: TokenizeReport) -> str:
-    total, long_prompt = len(lengths["prompt_ids"]), report.dropped_long_prompt
-    rows = f"all {total} rows were" if total > 1 else "the only row was"
-    if not long_prompt:
-        return f"{report.name}: {rows} dropped, since no completion has a token that could be scored."
-    rest = f" or no scored token ({report.dropped_unscored})" if report.dropped_unscored else ""
-    return (
-        f"{report.name}: {rows} dropped, since each prompt alone has max_length={report.max_length} tokens or "
-        f"more{rest} (the shortest has {min(lengths['prompt_ids'])}); raise max_length."
-    )
+def _marks(mask: list[int], ids: list[int]) -> bool:
+    return len(mask) == len(ids) and max(mask, default=0) <= 1
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    # transformers 5 answers with a BatchEncoding
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return encoded["input_ids"]
+def _bad_ids(name: str, index: int, column: str) -> str:
+    what = "token ids" if column in ID_COLUMNS else "marks"
+    return f"{name}[{index}]: `{column}` is not a list of {what}; wanted integers of 0 or more."
+
+
+def _bad_mask(name: str, index: int, mask: str, ids: str) -> str:
+    return f"{name}[{index}]: `{mask}` does not mark `{ids}`; wanted 0 or 1 for each of its tokens."

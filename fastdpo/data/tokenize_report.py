@@ -11,6 +11,8 @@ class TokenizeReport:
     """What tokenization kept, dropped and will cut. Counts are rows (pairs); None for a lazy IterableDataset.
 
     rows: rows that are left.
+    overlong: rows given, of which a sequence is longer than `max_length`.
+    dropped_overlong: those of them that were dropped: all with `on_overlong="drop"`, else none (but see the next two).
     dropped_long_prompt: rows dropped because the prompt alone fills `max_length` (keep_start only, as TRL).
     dropped_unscored: other rows dropped because neither completion has a scored token.
     truncated_chosen, truncated_rejected: kept rows whose sequence the collator cuts at `max_length`.
@@ -33,6 +35,8 @@ class TokenizeReport:
     shortened_chosen: int | None = None
     shortened_rejected: int | None = None
     prompt_cut: int | None = None
+    overlong: int | None = None
+    dropped_overlong: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +53,8 @@ class TokenizeReport:
                 f"{self.truncated_rejected} rejected",
                 f"dropped {self.dropped_long_prompt} whose prompt alone fills it",
             ]
+        if self.dropped_overlong:
+            parts.append(f"dropped {self.dropped_overlong} longer than max_length")
         if self.shortened_prompts:
             parts.append(f"max_prompt_length cuts {count(self.shortened_prompts, 'prompt')} from the left")
         if self.shortened_chosen or self.shortened_rejected:

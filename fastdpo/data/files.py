@@ -1,0 +1,178 @@
+"""Rows of a json, jsonl, csv or parquet file, each with the line that it is on."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastdpo.data.errors import DataError, RowError, first_line, why_not_json
+
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+# one row with its place ("pairs.jsonl:4"); a row that could not be read is the reason why
+PlacedRow = tuple[str, Any]
+
+
+def read_file(path: Path, split: str = "train") -> Iterator[PlacedRow]:
+    """Rows of one json, jsonl, csv or parquet file, with line numbers (parquet: row numbers, from 1)."""
+    if split != "train":
+        raise DataError(f"{path} is one file and has only the split train; asked for {split!r}.")
+    readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown file type {path.suffix!r}; wanted {', '.join(FILE_TYPES)}.")
+    return reader(path)
+
+
+def _read_json(path: Path) -> Iterator[PlacedRow]:
+    data = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    head = data.lstrip()[:1]
+    if head == b"[":
+        yield from _read_json_array(path, data)
+        return
+    if head == b"{" and _is_one_object(data):
+        raise DataError(f"{path} holds one JSON object; wanted an array of rows, or one row per line.")
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parse_line(line)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _is_one_object(data: bytes) -> bool:
+    # a file of one row per line, even of one row, is not meant: only an object that spans lines
+    first_line = data.lstrip().split(b"\n", 1)[0]
+    try:
+        json.loads(first_line)
+    except (ValueError, RecursionError):
+        try:
+            return isinstance(json.loads(data), dict)
+        except (ValueError, RecursionError):
+            return False
+    return False
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 text ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        return RowError(why_not_json(error))
+
+
+def _read_json_array(path: Path, data: bytes) -> Iterator[PlacedRow]:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason}).") from None
+    decoder = json.JSONDecoder()
+    position, counted, line, row = text.index("[") + 1, 0, 1, 0
+    while True:
+        position = _skip(text, position, " \t\r\n")
+        line += text.count("\n", counted, position)
+        counted = position
+        if text[position : position + 1] == "]":
+            after = _skip(text, position + 1, " \t\r\n")
+            if after < len(text):
+                raise DataError(
+                    f"{path}:{line + text.count(chr(10), position, after)}: text after the end of the array; store "
+                    "all rows in one array, or one row per line (jsonl)."
+                )
+            return
+        row += 1
+        try:
+            value, position = decoder.raw_decode(text, position)
+            after = _skip(text, position, " \t\r\n")
+            if text[after : after + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
+        except (ValueError, RecursionError) as error:
+            # the array cannot be read on after this place, so skipping would lose the rest without a word
+            place = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise DataError(
+                f"{path}:{place}: row {row}: {why_not_json(error)}; the array cannot be read from there on. Fix "
+                "that line, or store one row per line (jsonl)."
+            ) from None
+        yield f"{path}:{line} (row {row})", value
+        position = after + 1 if text[after] == "," else after
+
+
+def _skip(text: str, position: int, characters: str) -> int:
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
+
+
+def _read_csv(path: Path) -> Iterator[PlacedRow]:
+    try:
+        text = _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    limit = csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is shorter than long chats
+    try:
+        header = next(reader, None) or []
+        _refuse_twice(f"{path}:1", header)
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                yield f"{path}:{line}", _csv_row(header, cells)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: broken CSV: {error}.") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _refuse_twice(place: str, names: list[str]) -> None:
+    twice = next((name for index, name in enumerate(names) if name and name in names[:index]), None)
+    if twice is not None:
+        raise DataError(f"{place}: more than one column is named `{twice}`; rename or remove the others.")
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        return RowError(f"{len(cells)} cells, but the header has {len(header)}")
+    try:
+        return {name: _csv_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+    except RowError as error:
+        return error
+
+
+def _csv_cell(name: str, cell: str) -> Any:
+    """A csv has only text; messages are JSON text in a cell."""
+    if not cell.startswith(("[{", '{"from"', '{"role"')):
+        return cell
+    try:
+        return json.loads(cell)
+    except RecursionError as error:
+        raise RowError(f"`{name}` holds {why_not_json(error)}") from None
+    except ValueError:
+        if "'role'" in cell or "'from'" in cell:
+            raise RowError(f"`{name}` holds messages as Python text; wanted JSON text (or a jsonl file)") from None
+        return cell
+
+
+def _read_parquet(path: Path) -> Iterator[PlacedRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        _refuse_twice(str(path), file.schema_arrow.names)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = first_line(error).split(". ")[0]
+        raise DataError(f"{path} is not a readable parquet file: {reason}.") from None

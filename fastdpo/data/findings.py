@@ -1,0 +1,125 @@
+"""What looks wrong in tokenized pairs, one sentence each; counted in Arrow's buffers, so that training can look too."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.limits import flat_lists
+from fastdpo.data.messages import for_template, from_json
+from fastdpo.data.rows import ID_COLUMNS
+
+
+def repeated_pairs(pairs: Dataset) -> tuple[int, int]:
+    """How many pairs have the same chosen and rejected tokens, and how many are the same as an earlier pair."""
+    identical = 0
+    seen: set[int] = set()
+    for found in flat_lists(pairs, ID_COLUMNS):
+        parts = []
+        for values, offsets in found.values():
+            ids = values.astype(np.int64).tobytes()
+            parts.append([ids[8 * begin : 8 * end] for begin, end in pairwise(offsets.tolist())])
+        for row in zip(*parts, strict=True):
+            identical += row[1] == row[2]
+            seen.add(hash(row))
+    return identical, len(pairs) - len(seen)
+
+
+def special_token_findings(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """One sentence for each thing that is unusual about BOS and EOS: doubled, missing."""
+    total = len(pairs)
+    found = []
+    doubled_bos = 0
+    ends = end_ids(tokenizer)
+    blank = _Blank(tokenizer)
+    missing, doubled = np.zeros(2, int), np.zeros(2, int)
+    for table in flat_lists(pairs, ID_COLUMNS):
+        doubled_bos += _count_double_bos(*table["prompt_ids"], tokenizer.bos_token_id)
+        counts = np.array([_count_endings(*table[side], ends, blank) for side in ID_COLUMNS[1:]])
+        missing += counts[:, 0]
+        doubled += counts[:, 1]
+    if doubled_bos:
+        found.append(
+            f"{doubled_bos} of {total} prompts begin with {tokenizer.bos_token} twice: the text or the template has "
+            "it, and the tokenizer adds it again; take it out of one of them."
+        )
+    names = (
+        " or ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)) or "(the tokenizer has none)"
+    )
+    for (chosen, rejected), text in (
+        (missing, f"do not end with the EOS token {names}: a model trained on them may not learn to stop"),
+        (doubled, f"end with the EOS token {names} twice: take it out of the data or the template"),
+    ):
+        if chosen or rejected:
+            found.append(f"{chosen} of {total} chosen and {rejected} of {total} rejected completions {text}.")
+    return found
+
+
+def template_findings(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The same about the chat template, for a row before tokenization."""
+    if isinstance(row["prompt"], str) or has_generation_prompt(row, tokenizer):
+        return []
+    return [
+        "the chat template ignores add_generation_prompt: the header of the answer's turn is scored as part of "
+        "the completions, and generation has to produce it."
+    ]
+
+
+def has_generation_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template adds anything to the row's prompt when asked for a generation prompt."""
+    options = {"tools": from_json(row.get("tools")), **(from_json(row.get("chat_template_kwargs")) or {})}
+    prompt = for_template(row["prompt"])
+    without, with_it = (
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=wanted, **options)
+        for wanted in (False, True)
+    )
+    return without != with_it
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and those of a generation_config.json beside it."""
+    ids: list[Any] = [tokenizer.eos_token_id]
+    file = Path(tokenizer.name_or_path, "generation_config.json")
+    if file.is_file():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [eos]
+    return {token for token in ids if isinstance(token, int)}
+
+
+class _Blank:
+    """Whether a token is nothing but white space; each is decoded once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.known = tokenizer, {}
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        distinct, place = np.unique(tokens, return_inverse=True)
+        for token in distinct.tolist():
+            if token not in self.known:
+                self.known[token] = not str(self.tokenizer.decode([token])).strip()
+        return np.array([self.known[token] for token in distinct.tolist()], dtype=bool)[place]
+
+
+def _count_double_bos(ids: np.ndarray, offsets: np.ndarray, bos: Any) -> int:
+    begin = offsets[:-1][np.diff(offsets) >= 2]
+    return 0 if bos is None else int(((ids[begin] == bos) & (ids[begin + 1] == bos)).sum())
+
+
+def _count_endings(ids: np.ndarray, offsets: np.ndarray, ends: set[int], blank: _Blank) -> tuple[int, int]:
+    """Completions without a token of `ends` before trailing white space, and those that have it twice."""
+    begin, place = offsets[:-1], offsets[1:] - 1
+    rows = np.flatnonzero(place >= begin)
+    ended = np.zeros(len(begin), dtype=bool)
+    while len(rows):
+        tokens = ids[place[rows]]
+        is_end = np.isin(tokens, list(ends))
+        ended[rows[is_end]] = True
+        rows = rows[~is_end & blank(tokens)]
+        place[rows] -= 1
+        rows = rows[place[rows] >= begin[rows]]
+    rows = np.flatnonzero(ended & (place > begin))
+    return int((~ended).sum()), int((ids[place[rows]] == ids[place[rows] - 1]).sum())

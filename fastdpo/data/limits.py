@@ -1,0 +1,235 @@
+"""What `max_length` and its relatives do to tokenized pairs: which are kept, which are cut, which are too long."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from fastdpo.data.errors import DataError, count
+from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS, PROMPT_CUT
+from fastdpo.data.tokenize_report import TokenizeReport
+
+ON_OVERLONG = ("truncate", "drop", "error")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`DPOConfig`'s arguments of these names."""
+
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    on_overlong: str = "truncate"
+
+    def __post_init__(self) -> None:
+        if self.on_overlong not in ON_OVERLONG:
+            raise ValueError(f"on_overlong is {self.on_overlong!r}; wanted one of {', '.join(ON_OVERLONG)}.")
+
+    @property
+    def parts(self) -> tuple[int | None, int | None, int | None]:
+        """The longest prompt, chosen and rejected completion."""
+        return self.max_prompt_length, self.max_completion_length, self.max_completion_length
+
+    def shorten(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The prompt's last tokens and the completions' first ones, and what of the masks belongs to them."""
+        cuts = [slice(-limit if limit else None, None) for limit in self.parts[:1]]
+        cuts += [slice(limit) for limit in self.parts[1:]]
+        cut = {**dict(zip(ID_COLUMNS, cuts, strict=True)), **dict(zip(MASK_COLUMNS, cuts, strict=True))}
+        return {column: row[column][part] for column, part in cut.items() if column in row}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of tokens, (rows,) int64 each. first, last: the scored tokens of chosen and rejected at either end, as
+    indices into the completion; where none is scored, first is past last."""
+
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, np.ndarray]
+    first: tuple[np.ndarray, np.ndarray]
+    last: tuple[np.ndarray, np.ndarray]
+    prompt_cut: np.ndarray | None = None
+
+
+def flat_lists(dataset: Dataset, columns: Sequence[str]) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Columns of lists of ints, some rows at a time, without Python lists: all values, and where each row begins.
+
+    Each pair is values (n,) and offsets (rows + 1,) int64.
+    """
+    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
+        found = {}
+        for column in columns:
+            chunk = cast("pa.Table", table).column(column).combine_chunks()
+            lengths = pc.call_function("list_value_length", [chunk]).to_numpy(zero_copy_only=False)
+            values = chunk.flatten().to_numpy(zero_copy_only=False)
+            found[column] = values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        yield found
+
+
+def measure(dataset: Dataset) -> Lengths:
+    """The lengths of a dataset's rows."""
+    masked = MASK_COLUMNS[0] in dataset.column_names
+    columns = [*ID_COLUMNS, *MASK_COLUMNS[1:]] if masked else [*ID_COLUMNS]
+    parts: list[list[np.ndarray]] = []
+    for found in flat_lists(dataset, columns):
+        prompt, chosen, rejected = (np.diff(found[column][1]) for column in ID_COLUMNS)
+        ends = (
+            [_ends(*found[name]) for name in MASK_COLUMNS[1:]]
+            if masked
+            else [(n * 0, n - 1) for n in (chosen, rejected)]
+        )
+        parts.append([prompt, chosen, rejected, *ends[0], *ends[1]])
+    prompt, chosen, rejected, *ends = (np.concatenate(part) for part in zip(*parts, strict=True))
+    cut = None
+    if PROMPT_CUT in dataset.column_names:
+        cut = np.array(dataset.select_columns([PROMPT_CUT])[:][PROMPT_CUT])
+    return Lengths(prompt, (chosen, rejected), (ends[0], ends[2]), (ends[1], ends[3]), cut)
+
+
+def _ends(mask: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last 1 of each row of a mask, as indices into the row; past it and -1 where it has none."""
+    ones = np.concatenate([[-1], np.flatnonzero(mask), [len(mask)]])
+    begin, end = offsets[:-1], offsets[1:]
+    first = ones[np.searchsorted(ones, begin)] - begin
+    last = ones[np.searchsorted(ones, end) - 1] - begin
+    return first, np.maximum(last, -1)
+
+
+def measure_row(row: Mapping[str, Any]) -> Lengths:
+    """The same for one row of a stream."""
+    prompt, *completions = (np.array([len(row[column])]) for column in ID_COLUMNS)
+    if MASK_COLUMNS[0] in row:
+        ends = [_ends(np.asarray(row[name]), np.array([0, len(row[name])])) for name in MASK_COLUMNS[1:]]
+    else:
+        ends = [(n * 0, n - 1) for n in completions]
+    return Lengths(prompt, (completions[0], completions[1]), (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the limits do to each row, (rows,) bool each. `cut`, `scored`: of chosen and of rejected."""
+
+    overlong: np.ndarray
+    long_prompt: np.ndarray
+    cut: tuple[np.ndarray, np.ndarray]
+    scored: tuple[np.ndarray, np.ndarray]
+    whole: tuple[np.ndarray, np.ndarray]  # int64, tokens of prompt + completion
+    shortened: list[np.ndarray]
+
+    def kept(self, drop_overlong: bool) -> np.ndarray:
+        kept = ~self.long_prompt & (self.scored[0] | self.scored[1])
+        return kept & ~self.overlong if drop_overlong else kept
+
+
+def judge(lengths: Lengths, limits: Limits) -> Verdict:
+    """What the collator will cut off each sequence, and whether it then has a token to score."""
+    found = [lengths.prompt, *lengths.completions]
+    prompt, *completions = (
+        n if limit is None else np.minimum(n, limit) for n, limit in zip(found, limits.parts, strict=True)
+    )
+    keep_start = limits.truncation_mode == "keep_start"
+    whole, cut, scored = [], [], []
+    for completion, first, last in zip(completions, lengths.first, lengths.last, strict=True):
+        whole.append(prompt + completion)
+        over = np.maximum(whole[-1] - limits.max_length, 0) if limits.max_length is not None else completion * 0
+        begin = completion * 0 if keep_start else np.maximum(over - prompt, 0)
+        end = completion - over if keep_start else completion
+        # position 0 has nothing before it that could predict it
+        nothing_before = prompt == 0 if keep_start else prompt <= over
+        begin = begin + nothing_before
+        cut.append(over > 0)
+        scored.append(np.maximum(first, begin) < np.minimum(last + 1, end))
+    long_prompt = prompt >= limits.max_length if keep_start and limits.max_length is not None else prompt < 0
+    left = [prompt, *completions]
+    return Verdict(
+        overlong=cut[0] | cut[1],
+        long_prompt=long_prompt,
+        cut=(cut[0], cut[1]),
+        scored=(scored[0], scored[1]),
+        whole=(whole[0], whole[1]),
+        shortened=[before > after for before, after in zip(found, left, strict=True)],
+    )
+
+
+def apply_limits(lengths: Lengths, limits: Limits, name: str) -> tuple[np.ndarray, TokenizeReport]:
+    """The indices of the rows that are kept, and the counts. Raises `DataError` for `on_overlong="error"`."""
+    verdict = judge(lengths, limits)
+    drop = limits.on_overlong == "drop"
+    if limits.on_overlong == "error" and verdict.overlong.any():
+        raise DataError(_overlong(verdict, limits, name))
+    kept = verdict.kept(drop)
+    overlong = verdict.overlong if drop else kept & False
+    long_prompt = verdict.long_prompt & ~overlong
+
+    def total(which: np.ndarray) -> int:
+        return int((which & kept).sum())
+
+    report = TokenizeReport(
+        name=name,
+        rows=int(kept.sum()),
+        max_length=limits.max_length,
+        overlong=int(verdict.overlong.sum()),
+        dropped_overlong=int(overlong.sum()),
+        dropped_long_prompt=int(long_prompt.sum()),
+        dropped_unscored=int((~kept & ~overlong & ~long_prompt).sum()),
+        truncated_chosen=total(verdict.cut[0]),
+        truncated_rejected=total(verdict.cut[1]),
+        empty_after_truncation=total(~(verdict.scored[0] & verdict.scored[1])),
+        shortened_prompts=total(verdict.shortened[0]),
+        shortened_chosen=total(verdict.shortened[1]),
+        shortened_rejected=total(verdict.shortened[2]),
+        prompt_cut=total(lengths.prompt_cut > 0) if lengths.prompt_cut is not None else 0,
+    )
+    return np.flatnonzero(kept), report
+
+
+def keep_row(row: dict[str, Any], index: int, limits: Limits, name: str) -> bool:
+    """Whether a stream's row is kept. Raises `DataError` for `on_overlong="error"`."""
+    verdict = judge(measure_row(row), limits)
+    if limits.on_overlong == "error" and verdict.overlong[0]:
+        raise DataError(_overlong(verdict, limits, name, first=index))
+    return bool(verdict.kept(limits.on_overlong == "drop")[0])
+
+
+def _overlong(verdict: Verdict, limits: Limits, name: str, first: int = 0) -> str:
+    rows = np.flatnonzero(verdict.overlong)
+    lines = [
+        f"  {name}[{first + row}]: {verdict.whole[0][row]} tokens with chosen, {verdict.whole[1][row]} with rejected"
+        for row in rows[:_SHOWN]
+    ]
+    if len(rows) > _SHOWN:
+        lines.append(f"  and {len(rows) - _SHOWN} more")
+    of = f" of {len(verdict.overlong)}" if len(verdict.overlong) > 1 else ""
+    are = "is" if len(rows) == 1 else "are"
+    return "\n".join(
+        [
+            f"{name}: {count(len(rows), 'pair')}{of} {are} longer than max_length={limits.max_length}, and on_overlong "
+            "is 'error':",
+            *lines,
+            "Raise max_length, or take on_overlong=drop or truncate.",
+        ]
+    )
+
+
+def none_left(lengths: Lengths, report: TokenizeReport) -> str:
+    """Why a dataset has no row left."""
+    total = len(lengths.prompt)
+    rows = f"all {total} rows were" if total > 1 else "the only row was"
+    if report.dropped_overlong:
+        shortest = int((lengths.prompt + np.maximum(*lengths.completions)).min())
+        return (
+            f"{report.name}: {rows} dropped, since each pair is longer than max_length={report.max_length} and "
+            f"on_overlong is 'drop', or has nothing to score (the shortest has {shortest} tokens); raise max_length."
+        )
+    if not report.dropped_long_prompt:
+        return f"{report.name}: {rows} dropped, since no completion has a token that could be scored."
+    rest = f" or no scored token ({report.dropped_unscored})" if report.dropped_unscored else ""
+    return (
+        f"{report.name}: {rows} dropped, since each prompt alone has max_length={report.max_length} tokens or "
+        f"more{rest} (the shortest has {int(lengths.prompt.min())}); raise max_length."
+    )

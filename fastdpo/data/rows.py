@@ -1,0 +1,138 @@
+"""One preference row -> its token ids, and which of them are scored: the ids that TRL 1.16 makes of the same row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.messages import Message, for_template, from_json
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# 1 for a scored token, 0 for context; absent: 0 in the prompt, 1 in the completions
+MASK_COLUMNS = ("prompt_mask", "chosen_mask", "rejected_mask")
+SCORED_TURNS = ("last", "all")
+PROMPT_CUT = "_prompt_tokens_cut"
+
+
+def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for length, (token, other_token) in enumerate(zip(ids, other, strict=False)):
+        if token != other_token:
+            return length
+    return min(len(ids), len(other))
+
+
+def tokenize_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tools: str | None = None, scored_turns: str = "last"
+) -> dict[str, Any]:
+    """One row of texts, or of lists of messages -> `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Prompt, prompt + chosen and prompt + rejected are tokenized as wholes (messages through the chat template,
+    the prompt with the generation prompt; text with the EOS token after the completion). A completion is what
+    follows the common prefix of prompt and whole, the shorter of both completions' prefixes, so that tokens
+    which merge across the boundary, or a template that renders the last turn otherwise, end up in the
+    completions and both completions share `prompt_ids`. This is TRL 1.16's rule
+    (`DPOTrainer._prepare_dataset`).
+
+    `tools` (a list, or its JSON text) and `chat_template_kwargs` (a dict, or its JSON text) go to the
+    template; rows without tools get those in `tools` (JSON text).
+
+    scored_turns: with "last" every token of a completion is scored and none of the prompt, as in TRL: in a completion
+    of several messages the turns of users and tools too. "all" adds `MASK_COLUMNS` to rows of messages: the assistant's
+    turns are scored wherever they are, in the prompt too, and nothing else (see `assistant_spans`), as in minimind.
+    For a pair of single answers that is the same.
+
+    Raises `jinja2.TemplateError` where the chat template refuses the row.
+    """
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if isinstance(prompt, str):
+        eos = tokenizer.eos_token
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        whole = [
+            tokenizer(prompt + (text if text.endswith(eos) else text + eos))["input_ids"] for text in (chosen, rejected)
+        ]
+        return _split(prompt_ids, whole)
+    options = {
+        "tools": from_json(row.get("tools")) or from_json(tools),
+        **(from_json(row.get("chat_template_kwargs")) or {}),
+    }
+
+    def render(messages: list[Message], **more: Any) -> list[int]:
+        # transformers 5 answers with a BatchEncoding
+        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **more)
+        return encoded["input_ids"]
+
+    prompt, chosen, rejected = (for_template(messages) for messages in (prompt, chosen, rejected))
+    whole = [render(prompt + messages) for messages in (chosen, rejected)]
+    columns = _split(render(prompt, add_generation_prompt=True), whole)
+    if scored_turns == "all":
+        shared = len(columns["prompt_ids"])
+        spans = assistant_spans(prompt + chosen, whole[0], render)
+        columns["prompt_mask"] = _mask(spans, 0, shared)
+        columns["chosen_mask"] = _completion_mask(spans, whole[0], shared, chosen)
+        spans = assistant_spans(prompt + rejected, whole[1], render, first=len(prompt))
+        columns["rejected_mask"] = _completion_mask(spans, whole[1], shared, rejected)
+    return columns
+
+
+def _split(prompt_ids: list[int], whole: list[list[int]]) -> dict[str, Any]:
+    shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
+    return {
+        "prompt_ids": prompt_ids[:shared],
+        "chosen_ids": whole[0][shared:],
+        "rejected_ids": whole[1][shared:],
+        PROMPT_CUT: len(prompt_ids) - shared,
+    }
+
+
+def assistant_spans(
+    messages: list[Message], ids: list[int], render: Callable[..., list[int]], first: int = 0
+) -> list[tuple[int, int]]:
+    """Where the assistant's turns are in `ids`, which are `render(messages)`: [start, end) of each, in order.
+
+    A turn is the tokens that change when its message is replaced by one letter, and the tokens that end a turn after
+    them (those after the last turn: an end-of-turn token, a newline). What the template writes in front of every answer
+    is not in it. A template that refuses the letter (a tool's result without its call) is asked for the conversation
+    up to the turn and with it instead. Turns before message `first` are left out.
+    """
+    spans = []
+    for index in range(first, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        before, message, after = messages[:index], messages[index], messages[index + 1 :]
+        text = message.get("content") or ""
+        letter = next(letter for letter in "xyz" if letter not in (text[:1], text[-1:]))
+        try:
+            varied = render([*before, {"role": "assistant", "content": letter}, *after])
+        except TemplateError:
+            start = common_prefix_length(ids, render(before, add_generation_prompt=True))
+            spans.append((start, common_prefix_length(ids, render([*before, message]))))
+            continue
+        start = common_prefix_length(ids, varied)
+        most = min(len(ids), len(varied)) - start
+        spans.append((start, len(ids) - min(common_prefix_length(ids[::-1], varied[::-1]), most)))
+    if not spans or messages[-1]["role"] != "assistant":
+        return spans
+    closing = ids[spans[-1][1] :]
+    return [(start, end + common_prefix_length(closing, ids[end : end + len(closing)])) for start, end in spans]
+
+
+def _completion_mask(
+    spans: list[tuple[int, int]], whole: list[int], shared: int, completion: list[Message]
+) -> list[int]:
+    mask = _mask(spans, shared, len(whole))
+    if completion[0]["role"] == "assistant" and 1 in mask:
+        # the first turn begins where the completion does, as with scored_turns="last"
+        mask[: mask.index(1)] = [1] * mask.index(1)
+    return mask
+
+
+def _mask(spans: list[tuple[int, int]], start: int, end: int) -> list[int]:
+    """1 in the spans, for the tokens [start, end) of the sequence that the spans are in."""
+    mask = [0] * (end - start)
+    for begin, stop in spans:
+        begin, stop = max(begin, start), min(stop, end)
+        if begin < stop:
+            mask[begin - start : stop - start] = [1] * (stop - begin)
+    return mask

@@ -1,0 +1,237 @@
+"""Which layout a run's batches have: the config's word first, then a comparison on the run's own longest rows."""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastdpo.data.collate import DataCollatorForPreference
+from fastdpo.data.layouts import BATCH_LAYOUTS
+from fastdpo.data.rows import ID_COLUMNS
+from fastdpo.training.adapter_reference import evaluating
+from fastdpo.training.attention import FLEX, flex_refusal
+from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
+
+logger = logging.getLogger(__name__)
+
+# taken at their word where a comparison cannot be run, since FSDP or ZeRO-3 has split the weights
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite")
+# a row has room for a whole batch: FlexAttention skips what no token may see
+WHOLE_BATCH = 1 << 31
+# what two kernels of a right layout may differ by, root mean square over tokens, in nats
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+class Limit(NamedTuple):
+    """The layouts that a model allows: up to `widest` in the order of `BATCH_LAYOUTS`; `reason` where not all."""
+
+    widest: str
+    reason: str = ""
+
+    def allows(self, layout: str) -> bool:
+        return BATCH_LAYOUTS.index(layout) <= BATCH_LAYOUTS.index(self.widest)
+
+
+def window(config: Any) -> int | None:
+    """How many tokens the shortest attention of a model reaches back, where some layer's is limited."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    sizes = []
+    if getattr(config, "use_sliding_window", True) or "sliding_attention" in kinds:
+        sizes.append(getattr(config, "sliding_window", None))
+    sizes.append(getattr(config, "attention_chunk_size", None))
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def config_limit(model: nn.Module, longest: int | None, router_loss: bool) -> Limit:
+    """What a model's configuration says of rows that hold several sequences.
+
+    longest: the longest sequence of the run in tokens, None where it is not known. A mask of our own replaces the
+    model's sliding window, which makes no difference where no sequence is longer than the window.
+    """
+    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        return Limit("padded", "the adapter puts tokens in front of every row")
+    causal_lm = cast(PreTrainedModel, unwrap_peft(model))
+    config = causal_lm.config.get_text_config()
+    name = config.model_type
+    kinds = set(getattr(config, "layer_types", None) or [])
+    odd = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+    if odd or getattr(causal_lm, "_is_stateful", False):
+        what = f"{', '.join(odd)} layers" if odd else "recurrent layers"
+        return Limit("padded", f"{name} has {what}, which carry a state along the row")
+    if "position_ids" not in inspect.signature(type(causal_lm).forward).parameters:
+        return Limit("padded", f"{type(causal_lm).__name__} takes no position_ids")
+    if router_loss:
+        return Limit("padded", "the router's auxiliary loss counts the tokens of padded rows")
+    size = window(config)
+    if size is not None and (longest is None or longest > size):
+        rows = "rows may be longer" if longest is None else f"the longest sequence has {longest}"
+        return Limit("padded", f"its attention reaches back {size} tokens and {rows}")
+    if "flash" in (config._attn_implementation or ""):
+        return Limit("packed", f"{config._attn_implementation} takes no mask of another form")
+    return Limit("shared")
+
+
+class Logprobs:
+    """Log-probs (M,) of a collated batch under a model, as float64: no dropout, no gradient, no random number drawn."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: LogprobForward,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.forward, self.prepare, self.autocast = model, forward, prepare, autocast
+        causal_lm = cast(PreTrainedModel, unwrap_peft(model))
+        self.device = next(causal_lm.parameters()).device
+        with autocast():
+            mixed = torch.is_autocast_enabled(self.device.type)
+            self.dtype = torch.get_autocast_dtype(self.device.type) if mixed else causal_lm.dtype
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            evaluating(self.model),
+            self.autocast(),
+            self.forward.installed(),
+        ):
+            return self.model(**self.prepare(batch))["logprob"].double()
+
+
+def difference(logprobs: Logprobs, collator: DataCollatorForPreference, rows: Sequence[dict[str, Any]]) -> str | None:
+    """How a layout's log-probs of rows differ from those of padded rows, in words; None where they do not.
+
+    They may by three times what padding alone changes, and by rounding: root mean square over tokens.
+    """
+    padded = replace(collator, layout="padded", pad_to_multiple_of=None)
+    batch = padded(rows)
+    wider = replace(padded, pad_to_multiple_of=batch["input_ids"].shape[1] + 19)
+    wanted = logprobs(batch)
+    noise, off = _distance(logprobs(wider(rows)), wanted), _distance(logprobs(collator(rows)), wanted)
+    allowed = max(3 * noise, ROUNDING[logprobs.dtype])
+    logger.debug(f"{collator.layout}: {off:.3g} nats from padded, padding alone {noise:.3g}, allowed {allowed:.3g}.")
+    if off <= allowed:
+        return None
+    return f"log-probs of {collator.layout} rows are off by {off:.3g} nats a token, where rounding is {allowed:.3g}"
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Root mean square; infinite where a value is NaN."""
+    return float((one - other).square().mean().sqrt().nan_to_num(nan=math.inf))
+
+
+class Data(NamedTuple):
+    """What a layout is judged on: `rows` to compare on, and the longest sequence of the run, None where unknown."""
+
+    rows: list[dict[str, Any]]
+    longest: int | None
+
+    @classmethod
+    def of(cls, datasets: Sequence[Any], max_length: int | None) -> "Data":
+        """The rows with most tokens and with the longest prompt, of the first dataset; streams show no rows."""
+        known = [dataset for dataset in datasets if isinstance(dataset, Dataset) and len(dataset)]
+        if len(known) < len(datasets) or not known:
+            return cls([], max_length)
+        return cls(_telling_rows(known[0], max_length), max(longest_sequence(one, max_length) for one in known))
+
+
+def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
+    """Tokens of the longest sequence after the cut."""
+    longest = max(p + max(c, r) for p, c, r in zip(*_lengths(dataset), strict=True))
+    return longest if max_length is None else min(longest, max_length)
+
+
+def _telling_rows(dataset: Dataset, max_length: int | None) -> list[dict[str, Any]]:
+    limit = max_length or math.inf
+    lengths = list(zip(*_lengths(dataset), strict=True))
+    sums = [min(p + c, limit) + min(p + r, limit) for p, c, r in lengths]
+    # of rows that are cut to the same length the one with the longest prompt says most
+    most = max(range(len(lengths)), key=lambda row: (sums[row], lengths[row][0]))
+    prompt = max(range(len(lengths)), key=lambda row: (min(lengths[row][0], limit), sums[row]))
+    return [cast("dict[str, Any]", dataset[row]) for row in sorted({most, prompt})]
+
+
+def _lengths(dataset: Dataset) -> list[list[int]]:
+    table = dataset.with_format("arrow")
+    return [pc.call_function("list_value_length", [table[name][:]]).to_pylist() for name in ID_COLUMNS]
+
+
+def settle_layout(
+    wanted: str,
+    collator: DataCollatorForPreference,
+    models: Sequence[Logprobs],
+    data: Data,
+    router_loss: bool = False,
+    no_probe: str = "",
+) -> tuple[DataCollatorForPreference, str]:
+    """The collator of a run's layout, and one line that says the layout and why; models get their attention.
+
+    Args:
+        wanted: one of `BATCH_LAYOUTS`, or "auto": the widest that configurations and comparison allow.
+        models: the policy, and a reference model of its own.
+        no_probe: why nothing can be compared; "" where it can.
+
+    Raises:
+        ValueError: a layout that was asked for by name would give other log-probs.
+    """
+    limits = [config_limit(one.model, data.longest, router_loss and one is models[0]) for one in models]
+    limit = min(limits, key=lambda limit: BATCH_LAYOUTS.index(limit.widest))
+    if wanted == "padded":
+        return collator, "padded, as asked for"
+    if wanted != "auto" and not limit.allows(wanted):
+        raise ValueError(f"batch_layout {wanted!r} is not exact here: {limit.reason}; use 'auto' or 'padded'.")
+    candidates = [wanted] if wanted != "auto" else [name for name in reversed(BATCH_LAYOUTS) if limit.allows(name)]
+    reasons = [limit.reason] if limit.reason else []
+    for layout in candidates:
+        if layout == "padded":
+            break
+        laid = _with_rows(replace(collator, layout=layout), [one.forward for one in models])
+        refused = _refusal(laid, models, data, no_probe)
+        if refused is None or (wanted != "auto" and no_probe):
+            note = f" (not compared with padded rows: {no_probe})" if no_probe else ""
+            return laid, f"{layout}{f', since {reasons[0]}' if reasons else ''}{note}"
+        if wanted != "auto":
+            raise ValueError(f"batch_layout {wanted!r} is not exact here: {refused}; use 'auto' or 'padded'.")
+        reasons.append(refused)
+    for one in models:
+        one.forward.attention = None
+    return collator, f"padded, since {'; '.join(reasons)}"
+
+
+def _refusal(laid: DataCollatorForPreference, models: Sequence[Logprobs], data: Data, no_probe: str) -> str | None:
+    if no_probe:
+        plain = all(one.forward.model.config.model_type in PLAIN for one in models)
+        return None if plain else f"{laid.layout} rows were not compared with padded ones: {no_probe}"
+    return next((found for one in models if (found := difference(one, laid, data.rows))), None)
+
+
+def _with_rows(collator: DataCollatorForPreference, forwards: Sequence[LogprobForward]) -> DataCollatorForPreference:
+    """The collator with rows as long as the models' attention likes them; tells the models which that is.
+
+    Where FlexAttention runs, and with FlashAttention, a batch is one row; elsewhere a row is as long as the longest
+    pair, since a kernel that is given a whole mask works through all of T x T.
+    """
+    if any("flash" in (forward.model.config._attn_implementation or "") for forward in forwards):
+        return replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=None)
+    for forward in forwards:
+        refusal = flex_refusal(forward.model, next(forward.model.parameters()).device)
+        if refusal is not None:
+            kind = forward.model.config._attn_implementation
+            logger.info(f"attention over {collator.layout} rows: {kind} with a mask, since {refusal}.")
+            return collator
+    for forward in forwards:
+        forward.attention = FLEX
+    # the kernel's blocks: fewer shapes to compile for
+    return replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=collator.pad_to_multiple_of or 128)

@@ -1,0 +1,180 @@
+"""A Trainer whose batches have the layout that the run allows, and hold so many tokens instead of so many pairs."""
+
+import logging
+import math
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from fastdpo.data.collate import DataCollatorForPreference
+from fastdpo.training.batch_layouts import Data, Logprobs, longest_sequence, settle_layout, window
+from fastdpo.training.batch_plan import BatchPlan, PlannedBatches, by_length, shuffled, tokens_of_pairs
+from fastdpo.training.checkpoints import CheckpointError
+from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
+from fastdpo.training.metric_trainer import MetricTrainer
+from fastdpo.training.reference import FrozenModel, Reference
+from fastdpo.training.reference_trainer import model_call
+
+logger = logging.getLogger(__name__)
+
+Model = PreTrainedModel | PeftModel
+
+
+class LayoutTrainer(MetricTrainer):
+    """A subclass makes the policy and its log-prob forward, and calls `_set_layout` before `_set_reference`.
+
+    Attributes:
+        layout_description: one line that says the layout of the batches and why.
+    """
+
+    _router_loss_weight: float
+    _plan: BatchPlan | None = None
+    _window: int | None = None
+    # pairs of all processes in the batches of one update
+    _window_pairs: int | Tensor = 0
+
+    def _set_layout(self, reference: Reference, own_collator: bool) -> None:
+        args, policy = self.args, cast(Model, self.model)
+        if own_collator:
+            if args.batch_layout not in ("auto", "padded"):
+                raise ValueError(
+                    f"batch_layout {args.batch_layout!r} and a data_collator both say how batches are laid out; leave "
+                    "one out, or pass DataCollatorForPreference(..., layout=...)."
+                )
+            self.layout_description = "as the given data_collator makes them"
+            return
+        models: list[tuple[nn.Module, LogprobForward]] = [(policy, self._logprob_forward)]
+        if isinstance(reference, FrozenModel):
+            models.append((reference.model, reference.forward))
+        evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        datasets = [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
+        data = Data.of(datasets, args.max_length)
+        no_probe = "" if data.rows else "there is no whole dataset to look at"
+        if self.is_fsdp_enabled or any(p.is_meta or p.numel() == 0 for p in policy.parameters()):
+            no_probe = "the weights are split over processes"
+        self.data_collator, self.layout_description = settle_layout(
+            args.batch_layout,
+            cast(DataCollatorForPreference, self.data_collator),
+            [Logprobs(*model, self._model_inputs, lambda: self.accelerator.autocast()) for model in models],
+            data,
+            bool(self._router_loss_weight),
+            no_probe,
+        )
+        if self.accelerator.num_processes > 1:
+            # rounding may tell processes different things
+            found = [self.data_collator, self.layout_description, self._logprob_forward.attention]
+            self.data_collator, self.layout_description, attention = broadcast_object_list(found)
+            for _, forward in models:
+                forward.attention = attention
+        if self.data_collator.layout != "padded":
+            sizes = [window(cast(PreTrainedModel, unwrap_peft(model)).config.get_text_config()) for model, _ in models]
+            self._window = min((size for size in sizes if size is not None), default=None)
+        if args.should_log:
+            logger.warning(f"batches: {self.layout_description}.")
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return model_call(cast(dict, self._prepare_inputs(batch)))
+
+    def _check_window(self, dataset: Any, name: str) -> None:
+        """Refuse a dataset, given after the layout was chosen, for which it would not be exact."""
+        if self._window is not None and isinstance(dataset, Dataset) and len(dataset):
+            longest = longest_sequence(dataset, self.args.max_length)
+            if longest > self._window:
+                raise ValueError(
+                    f"{name} has a sequence of {longest} tokens, the model's attention reaches back {self._window} and "
+                    f"batches are {self.layout_description}, which is not exact then; use batch_layout='padded', or "
+                    "a max_length within the window."
+                )
+
+    # batches by tokens
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`; with `max_tokens_per_batch` the planned batches of this process."""
+        plan = self._batch_plan()
+        if plan is None:
+            return super().get_train_dataloader()
+        args = self.args
+        dataset = self._remove_unused_columns(cast(Any, self.train_dataset), description="training")
+        # the plan knows the processes, so the loader is not one that accelerate shards and evens out
+        return DataLoader(
+            cast(Any, dataset),
+            batch_sampler=PlannedBatches(plan, args.process_index, lambda: math.floor(self.state.epoch or 0)),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _batch_plan(self) -> BatchPlan | None:
+        args = self.args
+        if args.max_tokens_per_batch is None or self._plan is not None:
+            return self._plan
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset) or dataset is None:
+            raise ValueError("max_tokens_per_batch plans the batches of all epochs, which needs a whole train_dataset.")
+        collator = cast(DataCollatorForPreference, self.data_collator)
+        pairs, seed = args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed
+        tokens = tokens_of_pairs(cast(Dataset, dataset), collator)
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        if strategy == "sequential":
+            order: Any = lambda epoch: range(len(tokens))  # noqa: E731
+        elif strategy == "random":
+            order = shuffled(len(tokens), seed)
+        else:
+            order = by_length(tokens, seed, pairs)
+        self._plan = BatchPlan(
+            tokens,
+            args.max_tokens_per_batch,
+            pairs,
+            order,
+            padded=collator.layout == "padded",
+            processes=args.world_size,
+            epochs=args.num_train_epochs,
+            steps=args.max_steps if args.max_steps > 0 else None,
+            accumulation=args.gradient_accumulation_steps,
+        )
+        if args.should_log:
+            logger.warning(f"max_tokens_per_batch: {self._plan}.")
+        return self._plan
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if self._plan is not None:
+            pairs = sum(len(batch["lengths"]) // 2 for batch in samples)
+            if self.args.world_size > 1:
+                found = torch.tensor([pairs], device=self.args.device)
+                self._window_pairs = cast(Tensor, self.accelerator.gather(found)).sum()
+            else:
+                self._window_pairs = pairs
+        return samples, items
+
+    def _window_weight(self, pairs: int) -> float | Tensor:
+        """What makes a batch's mean over `pairs` its part of the mean over all pairs of an update.
+
+        Trainer divides by the number of batches, and gradients are averaged over processes. 1 where every batch holds
+        as many pairs (`per_device_train_batch_size`), as Trainer has it.
+        """
+        if self._plan is None:
+            return 1.0
+        return pairs * self.current_gradient_accumulation_steps * self.args.world_size / self._window_pairs
+
+    def extra_state(self) -> dict[str, Any]:
+        plan = self._batch_plan()
+        return {**super().extra_state(), **({} if plan is None else {"batch_plan": plan.fingerprint()})}
+
+    def load_extra_state(self, state: dict[str, Any] | None) -> None:
+        plan = self._batch_plan()
+        if state is not None and state.get("batch_plan") != (None if plan is None else plan.fingerprint()):
+            raise CheckpointError(
+                "cannot resume: the checkpoint's run went through other batches (max_tokens_per_batch, batch size, "
+                "epochs, seed, processes, layout or data are different), so that pairs would be seen twice or never; "
+                "go on with the arguments that it began with."
+            )
+        super().load_extra_state(state)
