@@ -73,6 +73,46 @@ class ModelArguments:
         default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) (rank-stabilised LoRA)."}
     )
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA)."})
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters that get LoRA, for experts that are no modules."}
+    )
+    lora_task_type: str = field(
+        default="CAUSAL_LM", metadata={"help": "The task, as in TRL; there is one.", "choices": ("CAUSAL_LM",)}
+    )
+    init_lora_weights: bool | str = field(
+        default=True, metadata={"help": "PEFT's initialization: true (adds nothing at first), gaussian, pissa, ..."}
+    )
+    adapter_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Adapter folder that is trained further; of several, all but the last are merged first."},
+    )
+    create_new_adapter: bool = field(
+        default=False, metadata={"help": "Merge all of `adapter_name_or_path`, and train a fresh adapter."}
+    )
+    freeze_trainable_layers: int | None = field(
+        default=None, metadata={"help": "Train only the last so many layers; negative: the first."}
+    )
+    freeze_trainable_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules of these layers that are trained; unset: all of them."}
+    )
+    freeze_extra_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules outside of the layers that are trained too, such as norm or lm_head."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the model to 8 bit (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the model to 4 bit (bitsandbytes, QLoRA)."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Type of the 4-bit weights.", "choices": ("nf4", "fp4")}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the 4-bit scales too."})
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Dtype that stores 4-bit weights, for FSDP; unset: uint8."}
+    )
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the reference; unset: the starting policy or its base."}
+    )
+    ref_adapters: list[str] | None = field(
+        default=None, metadata={"help": "Adapter folder of the reference, on `ref_model` or the trained base model."}
+    )
 
 
 @dataclass
@@ -82,7 +122,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "A file (json, jsonl, csv, parquet), a saved folder, a name in dataset_info.json or on the hub."
+            "help": "A file (json, jsonl, csv, parquet), a saved folder, a name in dataset_info.json or on the hub; "
+            "several with commas."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
@@ -95,4 +136,20 @@ class DataArguments:
     )
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder of LLaMA-Factory's dataset_info.json, which names dataset_name."}
+    )
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Several datasets, each with path, name, data_dir, data_files, split, columns, fraction (TRL's)."
+        },
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "TRL's; not supported here: the command reads and checks every row first."}
+    )
+    data_scale_rate: float = field(
+        default=1.0, metadata={"help": "Share of each training dataset that is taken, at random, in (0, 1]."}
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Take at most so many pairs of each dataset."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Pairs split off for evaluation: a share below 1, or a number of pairs."}
     )

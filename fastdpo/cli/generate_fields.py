@@ -20,15 +20,28 @@ from fastdpo.training.config import DPOConfig
 
 # --help shows these, in this order; every other field is in --help-all only
 MAIN: dict[str, tuple[str, ...]] = {
-    "model": ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code"),
+    "model": (
+        "model_name_or_path",
+        "model_revision",
+        "dtype",
+        "attn_implementation",
+        "trust_remote_code",
+        "load_in_4bit",
+        "load_in_8bit",
+        "ref_model",
+        "ref_adapters",
+    ),
     "data": (
         "dataset_name",
         "dataset_config",
         "dataset_train_split",
         "dataset_dir",
         "skip_bad_rows",
+        "max_samples",
         "max_length",
         "truncation_mode",
+        "on_overlong",
+        "scored_turns",
     ),
     "DPO": ("loss_type", "beta", "label_smoothing", "loss_weights", "simpo_gamma", "rpo_alpha", "aggregate"),
     "training": (
@@ -56,12 +69,14 @@ MAIN: dict[str, tuple[str, ...]] = {
         "lora_modules_to_save",
         "use_rslora",
         "use_dora",
+        "adapter_name_or_path",
     ),
     "evaluation": (
         "eval_strategy",
         "eval_steps",
         "eval_dataset_name",
         "dataset_test_split",
+        "test_split_size",
         "per_device_eval_batch_size",
     ),
     "output": (
@@ -83,6 +98,7 @@ TYPES = {
     "tools": "str | None",  # JSON: commas in it separate nothing
 }
 HELP = {"resume_from_checkpoint": "Checkpoint folder to go on from; no value: the newest complete one in output_dir"}
+FURTHER = {"model": "model", "data": "data", "dpo": "DPO"}
 PLAIN = {bool: "bool", int: "int", float: "float", str: "str", dict: "dict", type(None): "None"}
 
 
@@ -122,7 +138,7 @@ def _field(item: dataclasses.Field, hint: Any, owner: str, docs: dict[str, str])
         type=TYPES.get(name) or _type_text(hint),
         default=default,
         choices=tuple(choices) if choices else None,
-        group=group or ("DPO, further" if owner == "dpo" and name in docs else "inherited from TrainingArguments"),
+        group=group or (f"{FURTHER[owner]}, further" if name in docs else "inherited from TrainingArguments"),
         help=" ".join(text.replace("`", "").split()) if name in docs else _first_sentence(text),
         owner=owner,
         main=group is not None,
@@ -140,7 +156,8 @@ def _type_text(hint: Any) -> str:
     for kind in alternatives:
         origin = typing.get_origin(kind)
         if origin is list:
-            texts.append(f"list[{PLAIN.get(typing.get_args(kind)[0], 'str')}]")
+            item = typing.get_args(kind)[0]
+            texts.append(f"list[{PLAIN.get(typing.get_origin(item) or item, 'str')}]")
         elif origin is dict:
             texts.append("dict")
         elif origin is typing.Literal:
@@ -151,7 +168,7 @@ def _type_text(hint: Any) -> str:
             texts.append(PLAIN[kind])
         else:
             raise TypeError(f"no text form for the type {kind!r}: name its field in LEFT_OUT or TYPES")
-    order = ["bool", "int", "float", "list[str]", "list[int]", "list[float]", "dict", "str", "None"]
+    order = ["bool", "int", "float", "list[str]", "list[int]", "list[float]", "list[dict]", "dict", "str", "None"]
     return " | ".join(sorted(set(texts), key=order.index))
 
 

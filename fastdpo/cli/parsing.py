@@ -2,14 +2,22 @@
 
 import argparse
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdpo.cli import llama_factory
 from fastdpo.cli.arguments import Field
 from fastdpo.cli.fields import FIELDS
+from fastdpo.cli.llama_factory import KEYS
+from fastdpo.cli.llama_factory_keys import RENAMED
+from fastdpo.cli.values import Entry, UsageError, convert, plain
+from fastdpo.training.old_names import OLD_NAMES, todays_names
+
+logger = logging.getLogger(__name__)
 
 BY_NAME = {field.name: field for field in FIELDS}
 SHORT = {"-m": "--model_name_or_path", "-d": "--dataset_name", "-h": "--help"}
@@ -17,39 +25,23 @@ OWN_FLAGS = ("help", "help_all", "debug", "demo", "config")
 
 # names that other trainers or older releases use for what a field does here: closer than spelling tells
 ELSEWHERE = {
+    **RENAMED,
     "batch_size": "per_device_train_batch_size",
-    "cutoff_len": "max_length",
-    "dataset": "dataset_name",
-    "dpo_label_smoothing": "label_smoothing",
     "epochs": "num_train_epochs",
-    "evaluation_strategy": "eval_strategy",
     "finetuning_type": "use_peft",
     "lora_dim": "lora_r",
-    "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "lr": "learning_rate",
     "max_seq_len": "max_length",
     "max_seq_length": "max_length",
     "model": "model_name_or_path",
-    "pref_beta": "beta",
-    "pref_loss": "loss_type",
-    "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps",
+    "ref_model_name_or_path": "ref_model",
 }
 
-TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-WANTED = {
-    "bool": "true or false",
-    "int": "a whole number (int)",
-    "float": "a number (float)",
-    "str": "text",
-    "dict": "a mapping (JSON on the command line)",
-    "None": "none",
-}
-
-
-class UsageError(ValueError):
-    """The command line or the config file is wrong; the message is one sentence for the user."""
+# what TRL's ModelConfig called what it and this command call otherwise today; DPOConfig's own are in OLD_NAMES
+OLD_HERE = {"torch_dtype": "dtype"}
+# names that are read besides those of the table
+HIDDEN = (OLD_NAMES.keys() | OLD_HERE.keys() | KEYS) - BY_NAME.keys()
 
 
 class Request(NamedTuple):
@@ -62,19 +54,53 @@ class Request(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Request:
-    """Command line over config file. Raises UsageError with one sentence that names the argument."""
-    given = _build_parser(show_all=False).parse_args(_canonical(argv))
+    """Command line over config file, old names and LLaMA-Factory's as today's; one log line says each translation.
+
+    Raises UsageError with one sentence that names the argument.
+    """
+    given = vars(_build_parser(show_all=False).parse_args(_canonical(argv)))
+    config = given["config"]
+    entries = _read_config(Path(config)) if config is not None else []
+    entries += [Entry(name, value) for name, value in given.items() if name not in OWN_FLAGS]
+    foreign = llama_factory.is_one(entries)
+    if foreign:
+        entries = llama_factory.translate(entries, str(config or "the command line"))
+    for entry in entries:
+        if entry.name not in BY_NAME and entry.name not in OLD_NAMES and entry.name not in OLD_HERE:
+            raise UsageError(_unknown(entry.name, entry.place))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    if given.config is not None:
-        for name, (value, where) in _read_config(Path(given.config)).items():
-            values[name] = convert(value, BY_NAME[name], where)
-            sources[name] = where
-    for name, value in vars(given).items():
-        if name in BY_NAME:
-            values[name] = convert(value, BY_NAME[name], f"--{name}")
-            sources[name] = f"--{name}"
-    return Request(values, sources, demo=given.demo, config=given.config)
+    for entry in _todays(entries):
+        values[entry.name] = convert(entry.value, BY_NAME[entry.name], entry.where)
+        sources[entry.name] = entry.where
+    if foreign:
+        llama_factory.add_defaults(values)
+    return Request(values, sources, demo=given["demo"], config=config)
+
+
+def _todays(entries: list[Entry]) -> Iterator[Entry]:
+    """The file's, then the command line's, under today's names."""
+    for source in ([e for e in entries if e.place], [e for e in entries if not e.place]):
+        named = {entry.name: entry for entry in source if entry.name in BY_NAME}
+        yield from named.values()
+        for entry in source:
+            if entry.name in named:
+                continue
+            if entry.name in OLD_HERE:
+                today = OLD_HERE[entry.name]
+                says = "which is given too and goes first" if today in named else "taken as that"
+                logger.warning(f"{entry.name} is {today} today; {says}.")
+                if today not in named:
+                    yield entry._replace(name=today, given_as=entry.name)
+                continue
+            todays = {name: convert(other.value, BY_NAME[name], other.where) for name, other in named.items()}
+            try:
+                found = todays_names({**todays, entry.name: plain(entry.value)}, BY_NAME, "fastdpo train")
+            except ValueError as error:
+                raise UsageError(f"{entry.place}: {error}" if entry.place else str(error)) from error
+            for name, value in found.items():
+                if name not in todays or value is not todays[name]:
+                    yield Entry(name, value, entry.place, entry.name)
 
 
 def help_text(show_all: bool) -> str:
@@ -99,11 +125,18 @@ def _build_parser(show_all: bool) -> _Parser:
         allow_abbrev=False,
     )
     command = parser.add_argument_group("command")
-    command.add_argument("--config", metavar="FILE", help="YAML or JSON file of arguments; the command line goes first")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON file of arguments, or LLaMA-Factory's; the command line goes first",
+    )
     command.add_argument("--demo", action="store_true", help="train the embedded tiny model: no data, network or GPU")
     command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     command.add_argument("-h", "--help", action="store_true", help="the main arguments")
     command.add_argument("--help_all", action="store_true", help="every argument")
+    # understood, and not shown
+    for name in sorted(HIDDEN):
+        command.add_argument(f"--{name}", default=argparse.SUPPRESS, nargs="?", const="true", help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     short = {name: flag for flag, name in SHORT.items()}
     for field in FIELDS:
@@ -161,11 +194,19 @@ def _canonical(argv: Sequence[str]) -> list[str]:
         positive = BY_NAME.get(name.removeprefix("no_"))
         if field is None and name.startswith("no_") and positive and "bool" in positive.type and not equals:
             name, equals, value, field = positive.name, "=", "false", positive
-        if field is None and name not in OWN_FLAGS:
-            raise UsageError(f"there is no argument '--{name}'{_suggestion(name, '--')}")
+        if field is None and name not in OWN_FLAGS and name not in HIDDEN:
+            raise UsageError(_unknown(name, ""))
         tokens += [f"--{name}={value}" if equals else f"--{name}"]
         takes_value = not equals and (name == "config" or (field is not None and "bool" not in field.type.split(" | ")))
     return tokens
+
+
+def _unknown(name: str, place: str) -> str:
+    if name in KEYS and name not in ELSEWHERE:
+        hint = f" outside a LLaMA-Factory configuration, which has {'stage: dpo' if place else 'stage=dpo'}"
+    else:
+        hint = _suggestion(name, "" if place else "--")
+    return f"{place}: there is no key '{name}'{hint}" if place else f"there is no argument '--{name}'{hint}"
 
 
 def _suggestion(name: str, prefix: str = "") -> str:
@@ -175,8 +216,8 @@ def _suggestion(name: str, prefix: str = "") -> str:
     return f": did you mean '{prefix}{close[0]}'?" if close else " (see fastdpo train --help-all)"
 
 
-def _read_config(path: Path) -> dict[str, tuple[Any, str]]:
-    """name -> (value, "file:line: name"). Raises UsageError for a file that is not a mapping of known names."""
+def _read_config(path: Path) -> list[Entry]:
+    """Its arguments, names unchecked. Raises UsageError for a file that is not a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -184,17 +225,15 @@ def _read_config(path: Path) -> dict[str, tuple[Any, str]]:
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {path} is not UTF-8 text") from error
     entries = _json_entries(path, text) if path.suffix == ".json" else _yaml_entries(path, text)
-    found: dict[str, tuple[Any, str]] = {}
+    found: dict[str, Entry] = {}
     for key, value, place in entries:
         name = key.replace("-", "_")
         if name in OWN_FLAGS:
             raise UsageError(f"{place}: '{key}' belongs on the command line, not in a file")
-        if name not in BY_NAME:
-            raise UsageError(f"{place}: there is no key '{key}'{_suggestion(name)}")
         if name in found:
             raise UsageError(f"{place}: '{key}' stands twice in this file")
-        found[name] = value, f"{place}: {name}"
-    return found
+        found[name] = Entry(name, value, place)
+    return list(found.values())
 
 
 def _json_entries(path: Path, text: str) -> list[tuple[str, Any, str]]:
@@ -223,65 +262,10 @@ def _yaml_entries(path: Path, text: str) -> list[tuple[str, Any, str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if problem.startswith("but "):  # it goes on from what stands in the context
+            problem = f"{getattr(error, 'context', '')} {problem}"
+        raise UsageError(f"{path}{line}: not YAML: {problem}") from error
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"{path} should be 'name: value' lines, got {type(values).__name__}")
     return [(str(key.value), values.get(key.value), f"{path}:{key.start_mark.line + 1}") for key, _ in node.value]
-
-
-def convert(value: Any, field: Field, where: str) -> Any:
-    """`value`, from the command line (text) or a file (anything), as the field's type. Raises UsageError."""
-    kinds = field.type.split(" | ")
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and where.startswith("--"):
-        value = value[0]
-    if field.choices and value is False and "no" in field.choices:
-        value = "no"  # YAML reads a bare `no` as false
-    for kind in kinds:
-        try:
-            result = _as_kind(value, kind, field)
-        except (TypeError, ValueError, OverflowError):
-            continue
-        for name in result if isinstance(result, list) else [result]:
-            if field.choices and isinstance(name, str) and name not in field.choices:
-                close = get_close_matches(name, field.choices, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else ""
-                raise UsageError(f"{where} should be one of {', '.join(field.choices)}, got '{name}'{hint}")
-        return result
-    wanted = " or ".join(_wanted(kind) for kind in kinds if kind != "None" or len(kinds) == 1)
-    raise UsageError(f"{where} should be {wanted}, got {value!r}")
-
-
-def _wanted(kind: str) -> str:
-    return f"a list ({kind})" if kind.startswith("list") else WANTED[kind]
-
-
-def _as_kind(value: Any, kind: str, field: Field) -> Any:
-    """`value` as one kind of the field's type. Raises TypeError or ValueError where it is not one."""
-    word = value.strip().lower() if isinstance(value, str) else None
-    nothing = value is None or (word in ("none", "null") and word != field.default)
-    if nothing and "None" in field.type.split(" | "):
-        return None
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "bool" and word in TRUTH:
-        return TRUTH[word]
-    if kind in ("int", "float") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        number = float(value)
-        if kind == "float":
-            return number
-        return int(number) if number == int(number) else _refuse()
-    if kind.startswith("list"):
-        # one word is a list only where the field takes no plain text
-        if isinstance(value, str) and ("," in value or "str" not in field.type.split(" | ")):
-            value = value.split(",")
-        return [_as_kind(item, kind[5:-1], field) for item in value] if isinstance(value, list) else _refuse()
-    if kind == "dict":
-        mapping = json.loads(value) if isinstance(value, str) else value
-        return mapping if isinstance(mapping, dict) else _refuse()
-    if kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    return _refuse()
-
-
-def _refuse() -> Any:
-    raise TypeError

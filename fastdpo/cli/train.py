@@ -5,22 +5,26 @@ stdout gets the result, stderr everything else.
 """
 
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.cli.checks import TrainingFailed, check_output_folder, check_request, one_sentence
+from fastdpo.cli.checks import TrainingFailed, check_request, one_sentence, only_process_of_several, with_base_model
 from fastdpo.cli.command import fail, log_to_stderr
 from fastdpo.cli.fields import FIELDS
+from fastdpo.cli.pairs import load_data
 from fastdpo.cli.parsing import Request, UsageError, help_text, parse
+from fastdpo.training.files import check_writable
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from fastdpo.training.config import DPOConfig
 
+logger = logging.getLogger(__name__)
+
 OWNER = {field.name: field.owner for field in FIELDS}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DEFAULTS = {field.name: field.default for field in FIELDS}
 
 
@@ -31,10 +35,9 @@ def main(argv: list[str]) -> int:
         return 0
     debug = "--debug" in argv
     try:
-        request = parse(argv)
         # progress bars and libraries print to stdout, which is the result's
         with contextlib.redirect_stdout(sys.stderr), log_to_stderr():
-            result = run(request)
+            result = run(parse(argv))
     except KeyboardInterrupt:
         print("fastdpo train: interrupted; --resume_from_checkpoint goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -66,9 +69,17 @@ def run(request: Request) -> str:
         from fastdpo.cli.demo import with_demo_arguments
 
         request = with_demo_arguments(request)
+    request = with_base_model(request)
     check_request(request)
+    if only_process_of_several(os.environ):
+        logger.warning(
+            "accelerate launch --cpu has started one process, which trains alone; for several on CPUs: "
+            "accelerate launch --multi_gpu --num_processes N -m fastdpo train ... --use_cpu"
+        )
     args = build_config(request)
-    check_output_folder(str(args.output_dir))
+    check_writable(str(args.output_dir), "--output_dir")
+    if args.precompute_ref_log_probs and args.precompute_ref_dir is not None:
+        check_writable(args.precompute_ref_dir, "--precompute_ref_dir")
     option = {**DEFAULTS, **request.values}
     train_dataset, eval_dataset = load_data(option, args)
     tokenizer, model_type = load_tokenizer(option)
@@ -92,7 +103,7 @@ def build_config(request: Request) -> "DPOConfig":
     import torch
     import transformers
 
-    from fastdpo.cli.show import no_bars_without_terminal
+    from fastdpo.cli.show import hide_bars, no_bars_without_terminal
     from fastdpo.training.config import DPOConfig
 
     values = {name: value for name, value in request.values.items() if OWNER[name] == "dpo"}
@@ -107,51 +118,11 @@ def build_config(request: Request) -> "DPOConfig":
     init = {name: value for name, value in init.items() if value is not None}
     if init:
         values["model_init_kwargs"] = {**(values.get("model_init_kwargs") or {}), **init}
-    values.setdefault("disable_tqdm", no_bars_without_terminal())
+    if values.setdefault("disable_tqdm", no_bars_without_terminal()):
+        hide_bars()
     # torch warns of pinned memory that nothing will use
     values.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     return DPOConfig(**values)
-
-
-def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Dataset | None]":
-    """Train and evaluation pairs; bad rows end the command here, before any model is loaded."""
-    from fastdpo.data.formats import load_preferences
-
-    common = {
-        "config": option["dataset_config"],
-        "dataset_dir": option["dataset_dir"],
-        "skip_bad_rows": args.skip_bad_rows,
-    }
-    train = load_preferences(option["dataset_name"], split=option["dataset_train_split"], **common)
-    if option["eval_dataset_name"] is not None:
-        return train, _load_eval_dataset(option, common)
-    if args.eval_strategy == "no":
-        return train, None
-    try:
-        return train, load_preferences(option["dataset_name"], split=option["dataset_test_split"], **common)
-    except ValueError as error:
-        raise UsageError(
-            f"eval_strategy is '{option['eval_strategy']}' and there are no pairs to evaluate on: "
-            f"{one_sentence(error)} Give --eval_dataset_name, or --eval_strategy no."
-        ) from error
-
-
-def _load_eval_dataset(option: dict[str, Any], common: dict[str, Any]) -> "Dataset":
-    """The pairs of eval_dataset_name: its split dataset_test_split, or what it has where that is the only one."""
-    from fastdpo.cli.show import say
-    from fastdpo.data.formats import DataError, load_preferences
-
-    name, split = option["eval_dataset_name"], option["dataset_test_split"]
-    if Path(name).is_file() and split == DEFAULTS["dataset_test_split"]:
-        return load_preferences(name, split="train", **common)  # a file's only split
-    try:
-        return load_preferences(name, split=split, **common)
-    except DataError:
-        if split != DEFAULTS["dataset_test_split"] or name == option["dataset_name"]:
-            raise
-        dataset = load_preferences(name, split="train", **common)
-        say(f"eval: {name} has no split {split!r}, its split 'train' is used")
-        return dataset
 
 
 def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
@@ -159,6 +130,9 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
     from transformers import AutoConfig, AutoTokenizer
 
     name = option["model_name_or_path"]
+    # an adapter's folder has one where training saved it, maybe with tokens of its own
+    adapters = option["adapter_name_or_path"] or []
+    own = next((path for path in reversed(adapters) if Path(path, "tokenizer_config.json").is_file()), None)
     hub = {"trust_remote_code": option["trust_remote_code"]}
     if option["model_revision"] is not None:
         hub["revision"] = option["model_revision"]
@@ -166,18 +140,27 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
         config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         if (Path(name) / "config.json").is_file():
-            reason = one_sentence(error)
-            raise UsageError(f"the config.json of the model {name} is not readable: {reason}") from error
+            raise UsageError(f"the config.json of the model {name} is not readable: {_reason(error)}") from error
         raise UsageError(
             f"no such model: {name} is neither a folder with a config.json nor a model that can be read from the hub"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(name, **hub), config.model_type
+        return AutoTokenizer.from_pretrained(own or name, **({} if own else hub)), config.model_type
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
-        reason = one_sentence(error).split(". ")[0]
-        raise UsageError(f"the model {name} has no tokenizer that can be read: {reason}") from error
+        folder, reason = Path(own or name), _reason(error)
+        if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            reason = "the folder holds no tokenizer.json; save the tokenizer there that the model was trained with"
+        raise UsageError(f"the model {own or name} has no tokenizer that can be read: {reason}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, in one sentence, without the advice that follows it."""
+    text = one_sentence(error)
+    if "trust_remote_code" in text:
+        return "it brings Python code of its own; read that, and give --trust_remote_code to run it"
+    return text.split(". ")[0].rstrip(".")
 
 
 def build_peft_config(option: dict[str, Any], model_type: str) -> Any:
@@ -188,6 +171,8 @@ def build_peft_config(option: dict[str, Any], model_type: str) -> Any:
     from fastdpo.cli.show import say
 
     targets = option["lora_target_modules"]
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # a text is a pattern of whole names in PEFT
     if targets is None and model_type not in KNOWN:
         targets = "all-linear"
         say(f"LoRA: PEFT has no default modules for {model_type}, so all linear layers get an adapter")
@@ -197,7 +182,9 @@ def build_peft_config(option: dict[str, Any], model_type: str) -> Any:
         lora_alpha=option["lora_alpha"],
         lora_dropout=option["lora_dropout"],
         target_modules=targets,
+        target_parameters=option["lora_target_parameters"],
         modules_to_save=option["lora_modules_to_save"],
+        init_lora_weights=option["init_lora_weights"],
         use_rslora=option["use_rslora"],
         use_dora=option["use_dora"],
     )

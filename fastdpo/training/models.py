@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -23,6 +22,14 @@ from transformers import (
 from fastdpo.data.tokenize import ID_COLUMNS
 from fastdpo.training.adapters import check_adapter_name
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.load_errors import (
+    check_causal_lm,
+    check_loaded,
+    check_text_causal_lm,
+    first_line,
+    first_sentence,
+    why_no_weights,
+)
 from fastdpo.training.logprob_forward import unwrap_peft
 
 logger = logging.getLogger(__name__)
@@ -59,7 +66,8 @@ def load_policy(
             f"model_init_kwargs and quantization_config only apply to a model given as a path, got a loaded "
             f"{type(model).__name__}; load it with them, or pass its path."
         )
-    _check_text_causal_lm(model.config, type(unwrap_peft(model)).__name__)
+    check_text_causal_lm(model.config, type(unwrap_peft(model)).__name__)
+    _keep_gradients(model)
     if peft_config is None:
         if isinstance(model, PeftModel):
             _check_adapter_type(model.active_peft_config)
@@ -73,7 +81,27 @@ def load_policy(
     _check_modules_to_save(peft_config, model)
     # TRL draws the adapter's weights right after set_seed; nothing may take random numbers in between
     set_seed(args.seed)
-    return cast(PeftModel, get_peft_model(model, peft_config, adapter_name=args.model_adapter_name or "default"))
+    try:
+        return cast(PeftModel, get_peft_model(model, peft_config, adapter_name=args.model_adapter_name or "default"))
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        linear = {name.split(".")[-1]: None for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        wanted = cast(Any, peft_config).target_modules
+        raise ValueError(
+            f"target_modules is {wanted if isinstance(wanted, str) else ', '.join(sorted(wanted))}, and "
+            f"{type(model).__name__} has no such module; its linear layers are {', '.join(linear)}."
+        ) from error
+
+
+def _keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU kernel that has no gradient and rounds to bf16.
+
+    It does so, for good, in the first pass in eval mode: the reference's, or an evaluation's.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 no attribute of nn.Module
 
 
 def is_adapter_folder(path: str) -> bool:
@@ -86,7 +114,7 @@ def _from_adapter_folder(path: str, args: DPOConfig, quantization_config: Any, d
     try:
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot load the adapter {path!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error
     if not config.base_model_name_or_path:
         raise ValueError(
             f"the adapter {path!r} does not say which model it belongs to; load both, and pass the PeftModel."
@@ -97,13 +125,16 @@ def _from_adapter_folder(path: str, args: DPOConfig, quantization_config: Any, d
     try:
         return PeftModel.from_pretrained(base, path, adapter_name=name, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load the adapter {path!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error
 
 
 def _from_pretrained(path: str, args: DPOConfig, quantization_config: Any, default_dtype: Any) -> PreTrainedModel:
     assert not isinstance(args.model_init_kwargs, str)
     options = dict(args.model_init_kwargs or {})
     options.setdefault("trust_remote_code", args.trust_remote_code)
+    if "gguf_file" not in options:
+        # reading a pickle can run code: only where it is asked for by name
+        options.setdefault("use_safetensors", True)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     dtype = options.setdefault("dtype", default_dtype)
@@ -114,39 +145,26 @@ def _from_pretrained(path: str, args: DPOConfig, quantization_config: Any, defau
     hub = {k: options[k] for k in ("trust_remote_code", "revision") if k in options}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
-        _check_text_causal_lm(config, (config.architectures or [config.model_type])[0])
-        model, loaded = cast(Any, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot load model {path!r}: {_first_line(error)}") from error
-    # weights that are tied to others, or that the architecture may lack, are not among these
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"cannot load model {path!r}: its weights lack {missing[0]}{more}, which would start at random; give a "
-            "complete checkpoint of a causal LM."
-        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load model {path!r}: {first_sentence(error)}") from error
+    check_causal_lm(config)
+    try:
+        # its own complaint about sizes names none of them
+        info = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loaded = cast(Any, AutoModelForCausalLM.from_pretrained(path, **{**options, **info}))
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ValueError(f"cannot load model {path!r}: {why_no_weights(path) or first_sentence(error)}") from error
+    if options.get("ignore_mismatched_sizes"):  # asked for by name
+        loaded["mismatched_keys"] = ()
+    check_loaded(loaded, f"cannot load model {path!r}")
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _check_text_causal_lm(config: PreTrainedConfig, name: str) -> None:
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; fastdpo trains causal language models.")
-    if config.get_text_config() is not config:
-        raise ValueError(
-            f"{name} is a multimodal model, which fastdpo does not train yet; use its text-only causal LM."
-        )
 
 
 def _check_adapter_type(config: PeftConfig) -> None:
     if config.is_prompt_learning or config.is_adaption_prompt:
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
-            f"adapter type {config.peft_type} puts virtual tokens before the prompt, which fastdpo does not "
-            "support; use LoRA."
+            f"adapter type {kind} puts virtual tokens before the prompt, which fastdpo does not support; use LoRA."
         )
 
 

@@ -33,11 +33,14 @@ def _unused(says: str) -> OldName:
 
 
 def _warmup(ratio: Any) -> dict[str, Any]:
-    ratio = float(ratio)
-    if not 0 <= ratio <= 1:
+    try:
+        value = float(ratio)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= 1:
         raise ValueError(f"warmup_ratio must be in [0, 1], got {ratio}.")
     # as steps, 1 would be one step
-    return {"warmup_steps": min(ratio, math.nextafter(1.0, 0.0))}
+    return {"warmup_steps": min(value, math.nextafter(1.0, 0.0))}
 
 
 def _tensorboard(folder: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fastdpo.training.load_errors import check_loaded, first_line, first_sentence, size_mismatch, why_no_weights
 from fastdpo.training.models import is_adapter_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -33,12 +34,13 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         with safe_open(folder / WEIGHTS, framework="pt"):
             pass
         config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except KeyError as error:
+        raise ValueError(f"the adapter {adapter} is of type {error.args[0]}, which PEFT does not know") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"the adapter {adapter} cannot be read: {first_line(error)}") from error
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ValueError(
-            f"{adapter} is an adapter of type {config.peft_type}, which changes no weights; LoRA is wanted"
-        )
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{adapter} is an adapter of type {kind}, which changes no weights; LoRA is wanted")
     return config
 
 
@@ -55,20 +57,33 @@ def load_model(path: str, dtype: torch.dtype | None = None, trust_remote_code: b
         base = load_model(config.base_model_name_or_path, dtype, trust_remote_code)
         return load_adapter(base, path, config.base_model_name_or_path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        model, loaded = cast(
+            Any,
+            AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # reading a pickle can run code
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # its own complaint names none of them
+            ),
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the model {path} cannot be loaded: {first_line(error)}") from error
+        reason = why_no_weights(path) or first_sentence(error)
+        raise ValueError(f"the model {path} cannot be loaded: {reason}") from error
+    check_loaded(loaded, f"the model {path} cannot be loaded")
     return model.eval()
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
-    """The adapter over its base model; an embedding that was resized for training is resized here too.
+def load_adapter(
+    model: PreTrainedModel | PeftModel, adapter: str, base: str, *, name: str = "default", trainable: bool = False
+) -> PeftModel:
+    """The adapter over its base model, or beside a PeftModel's own, which stays active.
 
-    base: what a message calls the model. Raises ValueError where one does not fit the other.
+    An embedding that was resized for training is resized here too, in a model without adapters. base: what a message
+    calls the model. Raises ValueError where one does not fit the other.
     """
-    rows = _trained_vocabulary(model, Path(adapter, WEIGHTS))
+    rows = None if isinstance(model, PeftModel) else _trained_vocabulary(model, Path(adapter, WEIGHTS))
     if rows is not None and rows != cast(Any, model.get_input_embeddings()).weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
@@ -76,10 +91,17 @@ def load_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
             # an adapter of another model would otherwise start at random, with no more than a warning
             warnings.filterwarnings("error", message=".*Found missing adapter keys")
             warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # merging unties it
-            return cast(PeftModel, PeftModel.from_pretrained(model, adapter)).eval()
+            if isinstance(model, PeftModel):
+                model.load_adapter(adapter, name, is_trainable=trainable)
+                return model
+            found = PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable)
+            return cast(PeftModel, found).eval()
     except (UserWarning, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the adapter {adapter} does not fit the base model {base}: {reason[:300]}") from error
+        found = size_mismatch(error)
+        reason = " ".join(str(error).split())[:300]
+        if found is not None:
+            reason = f"{found[0]} has shape {found[1]} in the adapter and needs {found[2]}"
+        raise ValueError(f"the adapter {adapter} does not fit the base model {base}: {reason}") from error
 
 
 def _trained_vocabulary(model: PreTrainedModel, weights: Path) -> int | None:
@@ -105,7 +127,3 @@ def load_tokenizer_of(folders: list[str], trust_remote_code: bool = False) -> An
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
         raise ValueError(f"the tokenizer in {found[0]} cannot be read: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
