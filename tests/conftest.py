@@ -94,3 +94,22 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def float64_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' norms and rotary embeddings round to fp32 whatever the model's dtype; float64 is kept here."""
+    to, as_float = torch.Tensor.to, torch.Tensor.float
+
+    def wide(x, *args, **kwargs):
+        down = x.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
+        return x if down else to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", wide)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x))
+    softmax = torch.nn.functional.softmax
+
+    def wide_softmax(x, *args, dtype=None, **kwargs):
+        return softmax(x, *args, dtype=x.dtype if x.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)

@@ -16,6 +16,7 @@ from fastdpo.data.layouts import common_prefix, first_fit
 from fastdpo.data.tokenize import tokenize_dataset
 from fastdpo.training import attention
 from fastdpo.training.batch_layouts import Data, Logprobs, config_limit, difference, settle_layout
+from fastdpo.training.document_attention import DOCUMENTS
 from fastdpo.training.logprob_forward import LogprobForward
 
 SIZES = {
@@ -79,24 +80,7 @@ def rows(vocabulary: int = 97) -> list[dict[str, Any]]:
 
 COLLATOR = DataCollatorForPreference(pad_token_id=0)
 
-
-@pytest.fixture(autouse=True)
-def float64_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' norms, softmaxes and rotary embeddings round to fp32 whatever the model's dtype; not float64 here."""
-    to, as_float = Tensor.to, Tensor.float
-
-    def wide(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        down = x.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
-        return x if down else to(x, *args, **kwargs)
-
-    monkeypatch.setattr(Tensor, "to", wide)
-    monkeypatch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x))
-    softmax = torch.nn.functional.softmax
-
-    def wide_softmax(x: Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
-        return softmax(x, *args, dtype=x.dtype if x.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+pytestmark = pytest.mark.usefixtures("float64_stays")
 
 
 def logprobs(model: Any) -> Logprobs:
@@ -108,18 +92,26 @@ def called(batch: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"logprob_rows": batch["rows"], "logprob_targets": batch["targets"]}
 
 
-def run(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def run(model: Any, batch: dict[str, Tensor], attention: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs, and the gradients of a weighted sum of them."""
     model.zero_grad()
-    with LogprobForward(model).installed():
+    forward = LogprobForward(model)
+    forward.attention = attention
+    with forward.installed():
         found = model(**called(batch))["logprob"]
     (found * torch.linspace(-1, 2, len(found), dtype=found.dtype)).sum().backward()
     return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(model: Any, examples: list[dict[str, Any]], collator: DataCollatorForPreference, error: float) -> None:
+def assert_equal(
+    model: Any,
+    examples: list[dict[str, Any]],
+    collator: DataCollatorForPreference,
+    error: float,
+    attention: str | None = None,
+) -> None:
     wanted, gradients = run(model, replace(collator, layout="padded")(examples))
-    found, mine = run(model, collator(examples))
+    found, mine = run(model, collator(examples), attention)
     torch.testing.assert_close(found, wanted, rtol=error, atol=error)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     off = torch.stack([(mine[name] - g).norm() for name, g in gradients.items()]).norm()
@@ -129,18 +121,21 @@ def assert_equal(model: Any, examples: list[dict[str, Any]], collator: DataColla
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
 def test_log_probs_and_gradients_are_those_of_padded_rows(name: str, layout: str) -> None:
-    assert_equal(make(name), rows(), replace(COLLATOR, layout=layout), 1e-9)
+    model = make(name)
+    assert_equal(model, rows(), replace(COLLATOR, layout=layout), 1e-9)
+    if model.config._attn_implementation == "sdpa":
+        assert_equal(model, rows(), replace(COLLATOR, layout=layout, max_row_tokens=1000), 1e-9, DOCUMENTS)
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa", DOCUMENTS])
 @pytest.mark.parametrize("max_row_tokens", [None, 60, 1000])
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_cut_sequences_in_rows_of_any_length(mode: str, max_row_tokens: int | None, attn: str) -> None:
-    model = make("llama", attn_implementation=attn)
-    assert model.config._attn_implementation == attn
+    model = make("llama", attn_implementation="eager" if attn == "eager" else "sdpa")
+    way = DOCUMENTS if attn == DOCUMENTS else None
     collator = replace(COLLATOR, layout="shared", max_row_tokens=max_row_tokens, max_length=11, truncation_mode=mode)
-    assert_equal(model, rows(), collator, 1e-9)
-    assert_equal(model, rows(), replace(collator, pad_to_multiple_of=16), 1e-9)
+    assert_equal(model, rows(), collator, 1e-9, way)
+    assert_equal(model, rows(), replace(collator, pad_to_multiple_of=16), 1e-9, way)
 
 
 def test_scored_tokens_of_the_prompt_belong_to_both_sequences() -> None:
@@ -157,7 +152,7 @@ PARTS = ("prompt", "chosen", "rejected")
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
-@pytest.mark.parametrize("dtype,error", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", PLAIN)
 def test_real_pairs(name: str, dtype: torch.dtype, error: float, layout: str, shared_data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "minimind_tokenizer")
@@ -165,7 +160,9 @@ def test_real_pairs(name: str, dtype: torch.dtype, error: float, layout: str, sh
     dataset, _ = tokenize_dataset(pairs, tokenizer, max_length=200)
     collator = replace(COLLATOR, layout=layout, max_length=200)
     model = make(name, dtype, vocab_size=6400)
-    assert_equal(model, [dict(row) for row in dataset][:4], collator, error)
+    examples = [dict(row) for row in dataset][:4]
+    assert_equal(model, examples, collator, error)
+    assert_equal(model, examples, replace(collator, max_row_tokens=10000), error, DOCUMENTS)
 
 
 def test_flex_attention_sees_what_the_mask_says() -> None:
@@ -243,7 +240,9 @@ def test_a_window_shorter_than_the_longest_row_pads() -> None:
     assert collator.layout == "padded"
     assert description == "padded, since its attention reaches back 16 tokens and the longest sequence has 20"
     assert settle("auto", make("mistral", torch.float32, sliding_window=20))[0].layout == "shared"
-    with pytest.raises(ValueError, match="batch_layout 'shared' is not exact here: its attention reaches back 16 tokens"):
+    with pytest.raises(
+        ValueError, match="batch_layout 'shared' is not exact here: its attention reaches back 16 tokens"
+    ):
         settle("shared", make("mistral", torch.float32, sliding_window=16))
 
 
@@ -253,9 +252,13 @@ def test_the_probe_alone_would_see_a_window() -> None:
 
 
 @pytest.mark.parametrize(
-    "make_model,options,reason",
+    ("make_model", "options", "reason"),
     [
-        (lambda: make("mixtral", torch.float32), {"router_loss": True}, "auxiliary loss counts the tokens of padded rows"),
+        (
+            lambda: make("mixtral", torch.float32),
+            {"router_loss": True},
+            "auxiliary loss counts the tokens of padded rows",
+        ),
         (lambda: _recurrent(), {}, "linear_attention layers, which carry a state"),
         (lambda: _alibi(), {}, "takes no position_ids"),
     ],
@@ -272,7 +275,9 @@ def _recurrent() -> Any:
 
 
 def _alibi() -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=1, n_head=4))
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    )
 
 
 def test_flash_attention_packs_at_most() -> None:

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,7 +110,7 @@ def make(folder: Path, policy: Any, **options: Any) -> DPOTrainer:
 
 
 def batch_of(trainer: DPOTrainer) -> dict[str, Tensor]:
-    return trainer.data_collator([cast(dict, pairs()[row]) for row in range(4)])
+    return replace(trainer.data_collator, layout="padded")([cast(dict, pairs()[row]) for row in range(4)])
 
 
 def by_definition(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -491,6 +492,7 @@ def test_adapter_folder_as_model(tmp_path: Path) -> None:
     assert isinstance(trainer._reference, StartWeights)
     assert cast(PeftModel, trainer.model).active_adapters == ["again"]
     assert "the adapter 'again' as it was at the start" in trainer.reference_description
+    assert trainer.reference_origin == {"kind": "start"}
     batch = batch_of(trainer)
     truth = by_definition(trained(), batch)
     torch.testing.assert_close(reference_logps(trainer, batch), truth, rtol=1e-5, atol=1e-5)

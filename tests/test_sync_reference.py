@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,7 +102,7 @@ def make(folder: Path, policy: Any, **options: Any) -> DPOTrainer:
 
 
 def batch_of(trainer: DPOTrainer) -> dict[str, Tensor]:
-    return trainer.data_collator([cast(dict, pairs()[row]) for row in range(4)])
+    return replace(trainer.data_collator, layout="padded")([cast(dict, pairs()[row]) for row in range(4)])
 
 
 def by_definition(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -156,6 +157,7 @@ def test_frozen_copy_follows_trl_s_formula(tmp_path: Path) -> None:
     assert trainer.reference_description == (
         "a copy of the starting policy, mixed with the policy every 2 steps (alpha 0.6)"
     )
+    assert trainer.reference_origin == {"kind": "start", "synced": True}
     trainer.train()
     for (name, mine), other in zip(reference.model.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other), name

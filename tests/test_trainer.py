@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,7 +127,11 @@ def train_logs(trainer: DPOTrainer) -> list[dict[str, float]]:
 
 
 def first_batch(trainer: DPOTrainer) -> dict[str, Tensor]:
-    return next(iter(trainer.get_train_dataloader()))
+    """As padded rows, which the definitions below take to the model's own forward."""
+    usual, trainer.data_collator = trainer.data_collator, replace(trainer.data_collator, layout="padded")
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.data_collator = usual
+    return batch
 
 
 # the loss
@@ -166,6 +171,7 @@ def test_loss_and_metrics_equal_the_definition(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.usefixtures("float64_stays")
 def test_accumulation_is_one_batch_in_float64(tmp_path: Path, peft: bool) -> None:
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -395,6 +401,7 @@ def test_reference_is_frozen_and_stays(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     trainer = make(tmp_path, policy)
     assert trainer.reference_description == "a frozen copy of the starting policy"
+    assert trainer.reference_origin == {"kind": "start"}
     trainer.train()
     reference = trainer._reference
     assert isinstance(reference, FrozenModel)
@@ -411,6 +418,8 @@ def test_reference_given_as_a_path(tmp_path: Path) -> None:
     losses = [t.compute_loss(t.model, first_batch(t)) for t in (by_path, by_instance)]
     assert torch.equal(losses[0], losses[1])
     assert str(tmp_path / "ref") in by_path.reference_description
+    assert by_path.reference_origin == {"kind": "model", "path": str(tmp_path / "ref")}
+    assert by_instance.reference_origin == {"kind": "model"}
     assert not torch.equal(losses[0], torch.tensor(math.log(2)))
 
 
@@ -422,6 +431,7 @@ def test_adapter_reference_is_the_base_model_in_one_copy(tmp_path: Path) -> None
     assert sum(isinstance(item, LlamaForCausalLM) for item in gc.get_objects()) == before + 1
     assert isinstance(trainer._reference, AdapterOff)
     assert "adapter switched off" in trainer.reference_description
+    assert trainer.reference_origin == {"kind": "base"}
     trainer.train()
 
     batch = first_batch(trainer)

@@ -1,6 +1,7 @@
 """The two-adapter script that TRL up to 0.28 ran, with the import changed: training, saving, merging, resuming."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,6 +123,7 @@ def test_the_script_trains_one_adapter_against_the_other(folders: dict[str, Path
     logs = [line for line in finished.state.log_history if "loss" in line]
     assert len(logs) == STEPS
     assert finished.reference_description == "the adapter 'reference' of the same model"
+    assert finished.reference_origin == {"kind": "adapter", "name": "reference"}
     # two adapters that differ: the first loss is not that of a policy which is its own reference
     assert logs[0]["rewards/chosen"] != 0.0
     for key, value in adapter(before, "reference").items():
@@ -139,6 +141,7 @@ def test_the_script_trains_one_adapter_against_the_other(folders: dict[str, Path
 def test_the_first_loss_is_that_of_the_two_adapters(folders: dict[str, Path], finished: DPOTrainer) -> None:
     policy = load_policy(folders).eval()
     trainer = build(folders, folders["output"].with_name("unused"))
+    trainer.data_collator = replace(trainer.data_collator, layout="padded")
     batch = next(iter(trainer.get_train_dataloader()))
     sums = {}
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """`fastdpo train --demo`: the same run on the embedded model and pairs, measured before and after on held-out ones."""
 
+from dataclasses import replace
 from typing import Any
 
 from fastdpo.cli.parsing import Request, UsageError
@@ -36,11 +37,13 @@ def _train_and_compare(session: Any) -> str:
 
     trainer, args = session.trainer, session.args
     size = args.per_device_eval_batch_size
+    # measured by the model's own forward, which takes padded rows
+    collator = replace(trainer.data_collator, layout="padded")
 
     def measure() -> tuple[Any, list[str]]:
         pairs = trainer.eval_dataset
         batches = (
-            trainer.data_collator([pairs[row] for row in range(start, min(start + size, len(pairs)))])
+            collator([pairs[row] for row in range(start, min(start + size, len(pairs)))])
             for start in range(0, len(pairs), size)
         )
         return evaluate_pairs(trainer.model, batches), sample_answers(trainer.model, session.tokenizer, SAMPLE_PROMPTS)

@@ -1,4 +1,4 @@
-"""Preference pairs -> one padded batch, with the places where the loss reads log-probs."""
+"""Preference pairs -> one batch, with the places where the loss reads log-probs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdpo.data.layouts import BATCH_LAYOUTS, place
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 # the reference's sums over each completion, and their parts beyond the shorter completion's length
@@ -24,24 +26,38 @@ def check_truncation(max_length: int | None, truncation_mode: str) -> None:
 
 @dataclass
 class DataCollatorForPreference:
-    """Pads the sequences of B pairs to one length T; chosen sequences are first, rejected ones second.
+    """Cuts the sequences of B pairs to `max_length` and lays them out in one batch.
 
-    A sequence is prompt + completion, cut to `max_length` tokens (`keep_start`: the first ones, `keep_end`:
-    the last ones) and padded on the right. Examples have `prompt_ids`, `chosen_ids` and `rejected_ids`
-    (ints). The batch holds CPU tensors:
+    A sequence is prompt + completion, cut to `max_length` tokens (`keep_start`: the first ones, `keep_end`: the last
+    ones). Examples have `prompt_ids`, `chosen_ids` and `rejected_ids` (ints). Layouts, of `BATCH_LAYOUTS`:
 
-    - `input_ids`, `attention_mask` (2B, T) int64. The mask comes from lengths: a pad token that is also the
-      EOS token stays visible where it is part of a completion.
-    - `targets` (M,) int64: the completion tokens that are scored, sequence after sequence.
-    - `rows` (M,) int64: for each target the position that predicts it (the one before it), as an index into
-      the flattened (2B * T) positions.
+    - `padded`: a row for each sequence, chosen ones first, padded on the right.
+    - `packed`: several sequences to a row, one behind the other.
+    - `shared`: as packed, but the tokens that the two sequences of a pair begin with stand there once.
+
+    The batch holds CPU tensors (but for `spans`), of R rows of T slots:
+
+    - `input_ids` (R, T) int64, and for the padded layout, where R = 2B, `attention_mask` (R, T) int64, which comes from
+      lengths: a pad token that is also the EOS token stays visible where it is part of a completion.
+    - for the other layouts `position_ids` (R, T) int64, which begin at 0 with each sequence, `documents` (R, T) int32,
+      the number of what may attend to each other (-1: padding), and `branches` (R, T) int32: 0 what a pair shares, 1
+      and 2 what follows in the chosen and in the rejected sequence. See `attention.allowed`.
+      `spans` says the same as a list: for each document where it begins, its shared part ends, its chosen part ends and
+      it ends, in flattened slots.
+    - `targets` (M,) int64: the tokens that are scored, sequence after sequence, chosen ones first.
+    - `rows` (M,) int64: for each target the slot that predicts it (of the token before it), as an index into the
+      flattened (R * T) slots. With `shared` two targets may have one slot.
     - `offsets` (2B + 1,) int64: sequence s owns targets[offsets[s]:offsets[s + 1]].
+    - `lengths` (2B,) int64: the tokens of each sequence after the cut.
     - those of `REFERENCE_COLUMNS` that the examples have, (B,) fp32.
 
-    A completion token at position 0 (an empty prompt, or one that `keep_end` cut off) has no position before
-    it and is not scored. A sequence without a scored token has an empty segment.
+    Completion tokens are scored and prompt tokens are not, unless an example has `prompt_mask`, `chosen_mask` or
+    `rejected_mask`: 0 or 1 for each token of that part. A token at position 0 (an empty prompt, or one that `keep_end`
+    cut off) has no position before it and is not scored. A sequence without a scored token has an empty segment.
 
-    Raises `ValueError` for an unknown `truncation_mode` or a `max_length` under 2.
+    max_row_tokens: rows of `packed` and `shared` are filled up to so many tokens; left out, to the longest document.
+
+    Raises `ValueError` for an unknown `truncation_mode` or `layout`, or a `max_length` under 2.
 
     Example:
         >>> collator = DataCollatorForPreference(pad_token_id=0)
@@ -50,59 +66,62 @@ class DataCollatorForPreference:
         [[1, 2, 3, 4], [1, 2, 5, 0]]
         >>> batch["rows"].tolist(), batch["targets"].tolist(), batch["offsets"].tolist()
         ([1, 2, 5], [3, 4, 5], [0, 2, 3])
+        >>> collator.layout = "shared"
+        >>> batch = collator([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
+        >>> batch["input_ids"].tolist(), batch["position_ids"].tolist(), batch["branches"].tolist()
+        ([[1, 2, 3, 4, 5]], [[0, 1, 2, 3, 2]], [[0, 0, 1, 1, 2]])
+        >>> batch["rows"].tolist()
+        [1, 2, 1]
     """
 
     pad_token_id: int
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
+    layout: str = "padded"
+    max_row_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_truncation(self.max_length, self.truncation_mode)
+        if self.layout not in BATCH_LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}; wanted one of {', '.join(BATCH_LAYOUTS)}.")
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        sequences: list[Tensor] = []
-        first_scored: list[int] = []
-        for side in ("chosen_ids", "rejected_ids"):
-            for example in examples:
-                prompt = torch.as_tensor(example["prompt_ids"], dtype=torch.long)
-                completion = torch.as_tensor(example[side], dtype=torch.long)
-                ids, cut = self._truncate(torch.cat([prompt, completion]))
-                sequences.append(ids)
-                first_scored.append(max(len(prompt) - cut, 1))
-
-        longest = max(map(len, sequences))
-        if self.pad_to_multiple_of:
-            longest += -longest % self.pad_to_multiple_of
-        input_ids = torch.full((len(sequences), longest), self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        cut = [self._sequence(example, side) for side in ("chosen", "rejected") for example in examples]
+        placed = place(
+            self.layout, [ids for ids, _ in cut], self.pad_token_id, self.pad_to_multiple_of, self.max_row_tokens
+        )
         rows, targets, counts = [], [], [0]
-        for index, (ids, start) in enumerate(zip(sequences, first_scored, strict=True)):
-            input_ids[index, : len(ids)] = ids
-            attention_mask[index, : len(ids)] = 1
-            scored = ids[start:]
-            targets.append(scored)
-            rows.append(index * longest + start - 1 + torch.arange(len(scored)))
-            counts.append(len(scored))
-
+        for (ids, scored), where in zip(cut, placed.places, strict=True):
+            targets.append(ids[scored])
+            rows.append(where[scored.nonzero()[:, 0] - 1])
+            counts.append(len(targets[-1]))
         stored = {
             name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
             for name in REFERENCE_COLUMNS
             if all(example.get(name) is not None for example in examples)
         }
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            **placed.inputs,
             "rows": torch.cat(rows),
             "targets": torch.cat(targets),
             "offsets": torch.tensor(counts).cumsum(0),
+            "lengths": torch.tensor([len(ids) for ids, _ in cut]),
             **stored,
         }
 
-    def _truncate(self, ids: Tensor) -> tuple[Tensor, int]:
-        """The kept tokens and how many were cut off in front of them."""
-        if self.max_length is None or len(ids) <= self.max_length:
-            return ids, 0
-        if self.truncation_mode == "keep_start":
-            return ids[: self.max_length], 0
-        return ids[-self.max_length :], len(ids) - self.max_length
+    def _sequence(self, example: Mapping[str, Any], side: str) -> tuple[Tensor, Tensor]:
+        """What is left of a sequence, and which of its tokens are scored (bool)."""
+        parts = [torch.as_tensor(example[f"{part}_ids"], dtype=torch.long) for part in ("prompt", side)]
+        masks = [
+            torch.full((len(ids),), usual)
+            if example.get(f"{part}_mask") is None
+            else torch.as_tensor(example[f"{part}_mask"], dtype=torch.bool)
+            for part, ids, usual in zip(("prompt", side), parts, (False, True), strict=True)
+        ]
+        ids, scored = torch.cat(parts), torch.cat(masks)
+        if self.max_length is not None and len(ids) > self.max_length:
+            kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            ids, scored = ids[kept], scored[kept].clone()
+        scored[:1] = False
+        return ids, scored

@@ -1,6 +1,6 @@
 """References that live in the policy's own model: one base model in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ class InsidePolicy(Reference):
     switch: Switch
 
     def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), _evaluating(policy), self._switched(policy):
+        with torch.no_grad(), evaluating(policy), self._switched(policy):
             return policy(**inputs)["logprob"]
 
     def _switched(self, policy: nn.Module) -> AbstractContextManager[None]:
@@ -44,6 +44,7 @@ class AdapterOff(InsidePolicy):
     """The policy's own base model."""
 
     description = "the base model of the policy, its adapter switched off"
+    origin: Mapping[str, Any] = {"kind": "base"}
 
     def __init__(self) -> None:
         self.switch = adapter_off
@@ -59,6 +60,7 @@ class OtherAdapter(InsidePolicy):
         self.name = name
         self.switch = adapter_on(name)
         self.description = f"the adapter {name!r} of the same model"
+        self.origin = {"kind": "adapter", "name": name}
 
     def runs(self, policy: nn.Module) -> list[str]:
         return [self.name]
@@ -68,6 +70,7 @@ class StartingPolicy(InsidePolicy):
     """The policy as it is, for log-probs that are computed before it is trained."""
 
     description = "the starting policy"
+    origin: Mapping[str, Any] = {"kind": "start"}
 
     def _switched(self, policy: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
@@ -84,6 +87,7 @@ class StartWeights(InsidePolicy):
     """
 
     kind = "the start of an adapter"
+    origin: Mapping[str, Any] = {"kind": "start"}
 
     def __init__(self, policy: PeftModel) -> None:
         self.start = {
@@ -92,7 +96,7 @@ class StartWeights(InsidePolicy):
         self.description = f"the adapter {trained_adapter(policy)!r} as it was at the start, kept as a frozen copy"
 
     def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad(), _evaluating(policy):
+        with torch.no_grad(), evaluating(policy):
             return functional_call(find_peft(policy), self.start, kwargs=inputs, strict=False)["logprob"]
 
     def state(self) -> ReferenceState:
@@ -109,7 +113,7 @@ def find_peft(model: nn.Module) -> PeftModel:
 
 
 @contextmanager
-def _evaluating(policy: nn.Module) -> Iterator[None]:
+def evaluating(policy: nn.Module) -> Iterator[None]:
     """No dropout, no NEFTune noise, no activation checkpointing."""
     training = policy.training
     policy.eval()

@@ -1,6 +1,6 @@
 """Attention over batches whose rows hold several sequences: which token may see which, in each kernel's own form."""
 
-import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-logger = logging.getLogger(__name__)
+from fastdpo.data.layouts import Span
+from fastdpo.training.document_attention import DOCUMENTS, DocumentMask
 
 # FlexAttention compiled once: transformers' own is compiled anew whenever a model goes from train() to eval() and back
 FLEX = "fastdpo_flex"
@@ -30,7 +31,7 @@ def allowed(documents: Tensor, branches: Tensor) -> Tensor:
 
 
 def attention_mask(
-    kind: str | None, dtype: torch.dtype, documents: Tensor, branches: Tensor
+    kind: str | None, dtype: torch.dtype, documents: Tensor, branches: Tensor, spans: Sequence[Span] | None = None
 ) -> "Tensor | BlockMask | None":
     """The mask as the model's attention (`config._attn_implementation`) takes it; made once for all layers.
 
@@ -40,6 +41,8 @@ def attention_mask(
         return None
     if kind in (FLEX, "flex_attention"):
         return _block_mask(documents, branches)
+    if kind == DOCUMENTS and spans is not None:
+        return DocumentMask(spans, documents.device).tensor
     mask = allowed(documents, branches)
     if kind != "eager":
         return mask

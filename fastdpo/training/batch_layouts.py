@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -20,6 +20,7 @@ from fastdpo.data.layouts import BATCH_LAYOUTS
 from fastdpo.data.rows import ID_COLUMNS
 from fastdpo.training.adapter_reference import evaluating
 from fastdpo.training.attention import FLEX, flex_refusal
+from fastdpo.training.document_attention import DOCUMENTS
 from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ def settle_layout(
     data: Data,
     router_loss: bool = False,
     no_probe: str = "",
+    compiled: bool = False,
 ) -> tuple[DataCollatorForPreference, str]:
     """The collator of a run's layout, and one line that says the layout and why; models get their attention.
 
@@ -182,6 +184,7 @@ def settle_layout(
         wanted: one of `BATCH_LAYOUTS`, or "auto": the widest that configurations and comparison allow.
         models: the policy, and a reference model of its own.
         no_probe: why nothing can be compared; "" where it can.
+        compiled: the model goes through torch.compile, which would compile anew for each batch's documents.
 
     Raises:
         ValueError: a layout that was asked for by name would give other log-probs.
@@ -194,14 +197,19 @@ def settle_layout(
         raise ValueError(f"batch_layout {wanted!r} is not exact here: {limit.reason}; use 'auto' or 'padded'.")
     candidates = [wanted] if wanted != "auto" else [name for name in reversed(BATCH_LAYOUTS) if limit.allows(name)]
     reasons = [limit.reason] if limit.reason else []
+    note = f" (not compared with padded rows: {no_probe})" if no_probe else ""
     for layout in candidates:
         if layout == "padded":
             break
-        laid = _with_rows(replace(collator, layout=layout), [one.forward for one in models])
-        refused = _refusal(laid, models, data, no_probe)
-        if refused is None or (wanted != "auto" and no_probe):
-            note = f" (not compared with padded rows: {no_probe})" if no_probe else ""
-            return laid, f"{layout}{f', since {reasons[0]}' if reasons else ''}{note}"
+        refused = ""
+        for laid, attention in _ways(replace(collator, layout=layout), [one.forward for one in models], compiled):
+            for one in models:
+                one.forward.attention = attention
+            found = _refusal(laid, models, data, no_probe)
+            if found is None or (wanted != "auto" and no_probe):
+                return laid, f"{layout}{f', since {reasons[0]}' if reasons else ''}{note}"
+            logger.info(f"{layout} rows with {attention or 'a mask'}: {found}.")
+            refused = found
         if wanted != "auto":
             raise ValueError(f"batch_layout {wanted!r} is not exact here: {refused}; use 'auto' or 'padded'.")
         reasons.append(refused)
@@ -214,24 +222,31 @@ def _refusal(laid: DataCollatorForPreference, models: Sequence[Logprobs], data: 
     if no_probe:
         plain = all(one.forward.model.config.model_type in PLAIN for one in models)
         return None if plain else f"{laid.layout} rows were not compared with padded ones: {no_probe}"
-    return next((found for one in models if (found := difference(one, laid, data.rows))), None)
+    try:
+        return next((found for one in models if (found := difference(one, laid, data.rows))), None)
+    except RuntimeError as error:
+        return f"{laid.layout} rows do not run ({str(error).splitlines()[0]})"
 
 
-def _with_rows(collator: DataCollatorForPreference, forwards: Sequence[LogprobForward]) -> DataCollatorForPreference:
-    """The collator with rows as long as the models' attention likes them; tells the models which that is.
+def _ways(
+    collator: DataCollatorForPreference, forwards: Sequence[LogprobForward], compiled: bool
+) -> Iterator[tuple[DataCollatorForPreference, str | None]]:
+    """How rows of a layout can be attended to, the best first: the collator, and the attention to switch to.
 
-    Where FlexAttention runs, and with FlashAttention, a batch is one row; elsewhere a row is as long as the longest
-    pair, since a kernel that is given a whole mask works through all of T x T.
+    FlexAttention, PyTorch's kernels document by document, and FlashAttention take a whole batch as one row. With a mask
+    over all of T x T a row is as long as the longest pair.
     """
-    if any("flash" in (forward.model.config._attn_implementation or "") for forward in forwards):
-        return replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=None)
-    for forward in forwards:
-        refusal = flex_refusal(forward.model, next(forward.model.parameters()).device)
-        if refusal is not None:
-            kind = forward.model.config._attn_implementation
-            logger.info(f"attention over {collator.layout} rows: {kind} with a mask, since {refusal}.")
-            return collator
-    for forward in forwards:
-        forward.attention = FLEX
-    # the kernel's blocks: fewer shapes to compile for
-    return replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=collator.pad_to_multiple_of or 128)
+    kinds = [forward.model.config._attn_implementation for forward in forwards]
+    if any("flash" in (kind or "") for kind in kinds):
+        yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=None), None
+        return
+    refusals = [flex_refusal(forward.model, next(forward.model.parameters()).device) for forward in forwards]
+    refusal = next((found for found in refusals if found is not None), None)
+    if refusal is None:
+        # the kernel's blocks: fewer shapes to compile for
+        yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=collator.pad_to_multiple_of or 128), FLEX
+    else:
+        logger.info(f"no FlexAttention: {refusal}.")
+    if all(kind == "sdpa" for kind in kinds) and not compiled:
+        yield replace(collator, max_row_tokens=WHOLE_BATCH), DOCUMENTS
+    yield collator, None

@@ -13,6 +13,9 @@ from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fastdpo.data.collate import TRUNCATION_MODES, check_truncation
+from fastdpo.data.layouts import BATCH_LAYOUTS
+from fastdpo.data.limits import ON_OVERLONG
+from fastdpo.data.rows import SCORED_TURNS
 from fastdpo.losses import LossOptions
 from fastdpo.losses.options import AGGREGATES, F_DIVERGENCES
 from fastdpo.training.old_names import accepts_old_names, todays_init_kwargs
@@ -94,6 +97,20 @@ class DPOConfig(TrainingArguments):
             "choices": list(TRUNCATION_MODES),
         },
     )
+    on_overlong: str = field(
+        default="truncate",
+        metadata={
+            "help": "What becomes of a pair with a sequence longer than `max_length`: truncate, drop, or stop (error).",
+            "choices": list(ON_OVERLONG),
+        },
+    )
+    scored_turns: str = field(
+        default="last",
+        metadata={
+            "help": "Score completions (last, as TRL), or all assistant turns, the prompt's too (all, as minimind).",
+            "choices": list(SCORED_TURNS),
+        },
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Cut longer prompts from the left to this many tokens; unset: no limit."}
     )
@@ -108,11 +125,22 @@ class DPOConfig(TrainingArguments):
         default=None, metadata={"help": "Token that pads batches; unset: the tokenizer's pad token, or its EOS token."}
     )
     padding_free: bool = field(
-        default=False, metadata={"help": "Accepted and not used: batches are padded, as in TRL 1.16."}
+        default=False, metadata={"help": "Accepted: `batch_layout` 'auto' pads as little as is exact."}
     )
     pad_to_multiple_of: int | str | None = field(
         default="auto",
         metadata={"help": "Pad batches to a multiple of this many tokens; 'auto': 128 on Neuron, else 1."},
+    )
+    batch_layout: str = field(
+        default="auto",
+        metadata={
+            "help": "Rows of a batch: padded, packed, shared (prompts once), auto: the best exact one.",
+            "choices": ["auto", *BATCH_LAYOUTS],
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a batch at most, beside per_device_train_batch_size pairs; unset: no limit."},
     )
     activation_offloading: bool = field(
         default=False, metadata={"help": "Accepted and not used: `gradient_checkpointing` saves that memory."}
@@ -227,6 +255,9 @@ class DPOConfig(TrainingArguments):
 
     def _check_lengths(self) -> None:
         check_truncation(self.max_length, self.truncation_mode)
+        for name, choices in (("on_overlong", ON_OVERLONG), ("scored_turns", SCORED_TURNS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("max_prompt_length", "max_completion_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -240,6 +271,18 @@ class DPOConfig(TrainingArguments):
         multiple = self.pad_to_multiple_of
         if multiple not in (None, "auto") and (isinstance(multiple, str) or multiple < 1):
             raise ValueError(f"pad_to_multiple_of must be 'auto' or a number >= 1, got {multiple!r}.")
+        if self.batch_layout not in ("auto", *BATCH_LAYOUTS):
+            wanted = ", ".join(("auto", *BATCH_LAYOUTS))
+            raise ValueError(f"batch_layout is {self.batch_layout!r}; wanted one of {wanted}.")
+        if self.padding_free and self.batch_layout == "padded":
+            raise ValueError("padding_free and batch_layout='padded' exclude each other; leave one out.")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 2:
+            raise ValueError(f"max_tokens_per_batch must be at least 2, got {self.max_tokens_per_batch}.")
+        if self.max_tokens_per_batch is not None and self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size changes the pairs of a batch, and max_tokens_per_batch plans the batches of the "
+                "whole run for one number; use one of them."
+            )
         if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
             raise ValueError(f"dataset_num_proc must be at least 1, got {self.dataset_num_proc}.")
 
@@ -277,6 +320,14 @@ class DPOConfig(TrainingArguments):
             steps = getattr(self, name)
             if steps is not None and not (math.isfinite(steps) and steps >= 0):
                 raise ValueError(f"{name} must be a number of steps, or a share of them below 1, got {steps}.")
+        if self.logging_strategy == "steps" and self.logging_steps == 0:
+            raise ValueError("logging_steps must be above 0 where logging_strategy is 'steps', got 0.")
+        when = [getattr(strategy, "value", strategy) for strategy in (self.eval_strategy, self.save_strategy)]
+        if self.load_best_model_at_end and when[1] not in ("best", when[0]):
+            raise ValueError(
+                f"load_best_model_at_end compares evaluations of what is saved, and eval_strategy is {when[0]!r} and "
+                f"save_strategy {when[1]!r}; make them the same."
+            )
         if self.max_steps == 0:
             raise ValueError("max_steps must be at least 1, or -1 to train for num_train_epochs, got 0.")
         if self.max_steps < 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
@@ -284,7 +335,7 @@ class DPOConfig(TrainingArguments):
 
     def _say_what_is_not_used(self) -> None:
         if self.padding_free:
-            logger.warning("padding_free is not used: batches are padded, and the numbers are the same.")
+            logger.warning(f"padding_free is part of batch_layout today, which is {self.batch_layout!r}.")
         if self.activation_offloading:
             logger.warning(
                 "activation_offloading is not used: activations stay on the device; gradient_checkpointing saves "
@@ -292,6 +343,8 @@ class DPOConfig(TrainingArguments):
             )
 
     def _choose_precision(self) -> None:
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 are both set; a run computes in one of them: leave one out.")
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
             logger.warning("fp16 needs a GPU, and none is in use: training is in fp32.")
         if self.bf16 is None:

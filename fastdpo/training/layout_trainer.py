@@ -65,6 +65,7 @@ class LayoutTrainer(MetricTrainer):
             data,
             bool(self._router_loss_weight),
             no_probe,
+            bool(args.torch_compile),
         )
         if self.accelerator.num_processes > 1:
             # rounding may tell processes different things
@@ -119,8 +120,13 @@ class LayoutTrainer(MetricTrainer):
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset) or dataset is None:
             raise ValueError("max_tokens_per_batch plans the batches of all epochs, which needs a whole train_dataset.")
-        collator = cast(DataCollatorForPreference, self.data_collator)
+        collator = self.data_collator
         pairs, seed = args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed
+        if not isinstance(collator, DataCollatorForPreference):
+            raise ValueError(
+                f"max_tokens_per_batch needs to know how batches are made, and data_collator is a "
+                f"{type(collator).__name__}; leave one out, or pass a DataCollatorForPreference."
+            )
         tokens = tokens_of_pairs(cast(Dataset, dataset), collator)
         strategy = getattr(args, "train_sampling_strategy", "random")
         if strategy == "sequential":

@@ -9,7 +9,7 @@ inside the model's forward call, where FSDP, DeepSpeed and DDP have their hooks.
 import functools
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,8 @@ from fastdpo.training.head_parts import HeadParts, head_parts
 
 if TYPE_CHECKING:  # LLaMA-Factory's trainer uses this module beside a transformers that is older than these names
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from fastdpo.data.layouts import Span
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,16 @@ class LogprobForward:
     """Gives a causal LM a forward call that returns log-probs, while `installed()`.
 
     `model(input_ids=..., attention_mask=..., logprob_rows=(M,), logprob_targets=(M,), logprob_stats=())` then
-    returns `{"logprob": (M,) fp32, ...}` with one (M,) tensor for each statistic asked for, and with
-    `output_router_logits=True` a mixture of experts' own `"aux_loss"` (a scalar). A head that is a linear layer,
-    perhaps with a LoRA, goes to `linear_logprob_stats` (`route` is "head"). Any other (DoRA, a quantized head) is
-    called on the scored rows, so (M, V) logits exist ("module"). Where either differs from what the model's own forward
-    says of a few tokens (a multiplier that no config names), its own logits of every position are built ("model"). One
-    line is logged for both.
+    returns `{"logprob": (M,) fp32, ...}` with one (M,) tensor for each statistic asked for. `documents` and `branches`
+    (R, T) and `spans` stand in for the mask where rows hold several sequences (see `attention.allowed`). With
+    `output_router_logits=True` it returns a mixture of experts' own `"aux_loss"` (a scalar). A head that is a linear
+    layer, perhaps with a LoRA, goes to `linear_logprob_stats` (`route` is "head"). Any other (DoRA, a quantized head)
+    is called on the scored rows, so (M, V) logits exist ("module"). Where either differs from what the model's own
+    forward says of a few tokens (a multiplier that no config names), its own logits of every position are built
+    ("model"). One line is logged for both.
+
+    Attributes:
+        attention: what `config._attn_implementation` is while `installed()`; None: what it is anyway.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,6 +81,7 @@ class LogprobForward:
                 f"the head is {parts}, not a linear layer or a plain LoRA on one, so the logits of the scored tokens "
                 "are built."
             )
+        self.attention: str | None = None
         # the forward that is put in place at the next installation; accelerate wraps it in between
         self._ours: Any = None
         self._depth = 0
@@ -85,14 +92,20 @@ class LogprobForward:
         """Replace `forward` on entry and put back what was found on exit; calls may be nested."""
         attributes = vars(self.model)
         found = attributes.get("forward")
+        config = self.model.config
+        usual = config._attn_implementation
         if self._depth == 0:
             self.model.forward = self._make(self.model.forward) if self._ours is None else self._ours
+            if self.attention is not None:
+                config._attn_implementation = self.attention
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
+                if self.attention is not None:
+                    config._attn_implementation = usual
                 self._ours = attributes.pop("forward")
                 if found is not None:
                     self.model.forward = found
@@ -115,11 +128,20 @@ class LogprobForward:
         logprob_rows: Tensor,
         logprob_targets: Tensor,
         logprob_stats: tuple[str, ...] = (),
+        documents: Tensor | None = None,
+        branches: Tensor | None = None,
+        spans: "Sequence[Span] | None" = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         # PEFT passes on arguments of the causal LM's forward that its backbone does not know
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "labels"}
         kwargs |= {"use_cache": False, "return_dict": True}
+        if documents is not None and branches is not None:
+            # llama_factory.py runs beside a transformers that is older than what this needs
+            from fastdpo.training.attention import attention_mask
+
+            kind = model.config._attn_implementation
+            kwargs["attention_mask"] = attention_mask(kind, model.dtype, documents, branches, spans)
         if self.route == "model":
             output = original(*args, **kwargs)
             logits = output.logits.flatten(0, 1)[logprob_rows.to(output.logits.device)]

@@ -13,17 +13,16 @@ from fastdpo.training import checkpoints
 from fastdpo.training.adapter_trainer import AdapterTrainer
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.logprob_forward import LogprobForward
-from fastdpo.training.models import check_vocabulary
 from fastdpo.training.pair_logps import SequenceLogps
 from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
-from fastdpo.training.reference import FrozenModel, NoReference, Reference
+from fastdpo.training.reference import NoReference, Reference
 from fastdpo.training.sync_reference import SyncCallback, SyncedAdapter, SyncedModel
 
 logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
 # what a batch has beside the model's inputs
-_NOT_INPUTS = ("rows", "targets", "offsets", *REFERENCE_COLUMNS)
+_NOT_INPUTS = ("rows", "targets", "offsets", "lengths", *REFERENCE_COLUMNS)
 
 
 class ReferenceTrainer(AdapterTrainer):
@@ -31,6 +30,7 @@ class ReferenceTrainer(AdapterTrainer):
 
     Attributes:
         reference_description: one line that says what the reference is.
+        reference_origin: the same for a program, see `Reference`.
     """
 
     args: DPOConfig
@@ -39,8 +39,6 @@ class ReferenceTrainer(AdapterTrainer):
 
     def _set_reference(self, reference: Reference) -> None:
         args, policy = self.args, cast(Model, self.model)
-        if isinstance(reference, FrozenModel):
-            check_vocabulary(self.tokenizer, cast(PreTrainedModel, reference.model), "reference")
         if isinstance(reference, SyncedModel | SyncedAdapter):
             self.add_callback(SyncCallback(reference, policy))
         if args.precompute_ref_log_probs and not isinstance(reference, NoReference):
@@ -61,6 +59,7 @@ class ReferenceTrainer(AdapterTrainer):
             self.eval_dataset = cast(Any, evals if several else evals.get("eval"))
         self._reference = reference
         self.reference_description = reference.description
+        self.reference_origin = dict(reference.origin)
         if args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
 
@@ -80,6 +79,9 @@ class ReferenceTrainer(AdapterTrainer):
 
     def save_extra_files(self, folder: Path) -> None:
         checkpoints.save_reference(folder, self._reference.state())
+
+    def extra_file_size(self) -> int:
+        return sum(tensor.nbytes for tensor in self._reference.state().values())
 
     def load_extra_files(self, folder: Path) -> None:
         state = checkpoints.load_reference(folder, wanted=bool(self._reference.state()))

@@ -16,11 +16,15 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
 from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
-from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport
+from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS
+from fastdpo.data.tokenize import TokenizeReport
 from fastdpo.losses.preference import pair_losses
 from fastdpo.training import metrics
 from fastdpo.training.adapters import choose_adapters
+from fastdpo.training.bars import dataset_bars
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.files import check_writable
+from fastdpo.training.layout_trainer import LayoutTrainer
 from fastdpo.training.logprob_forward import STATISTICS, LogprobForward
 from fastdpo.training.models import (
     check_arguments,
@@ -35,8 +39,9 @@ from fastdpo.training.old_arguments import settled_arguments
 from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
 from fastdpo.training.pair_logps import pair_logps
 from fastdpo.training.precomputed import free_memory, stored_logps
+from fastdpo.training.reference import FrozenModel
 from fastdpo.training.reference_policy import make_reference
-from fastdpo.training.reference_trainer import ReferenceTrainer, model_call
+from fastdpo.training.reference_trainer import model_call
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ ARGUMENTS = (
 )
 
 
-class DPOTrainer(ReferenceTrainer):
+class DPOTrainer(LayoutTrainer):
     """Trains a causal language model on preference pairs; the constructor's order is TRL 1.16's.
 
     Args:
@@ -109,6 +114,8 @@ class DPOTrainer(ReferenceTrainer):
         if tokenizer is not None:
             logger.warning("tokenizer is processing_class today; taken as that.")
         check_arguments(model, ref_model, args)
+        if args.should_save:
+            check_writable(str(args.output_dir), "output_dir")
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
         self.tokenize_reports: dict[str, TokenizeReport] = {}
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
@@ -119,6 +126,7 @@ class DPOTrainer(ReferenceTrainer):
             eval_dataset = {k: self._prepare_dataset(v, args, k) for k, v in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, args, "eval")
+        own_collator = data_collator is not None
         if data_collator is None:
             data_collator = DataCollatorForPreference(
                 pad_token_id=cast(int, self.tokenizer.pad_token_id),
@@ -160,32 +168,34 @@ class DPOTrainer(ReferenceTrainer):
         policy.config.use_cache = self._use_cache
         self.model_accepts_loss_kwargs = False
         self._logprob_forward = LogprobForward(policy)
-        self._set_reference(
-            make_reference(
-                policy,
-                ref_model,
-                args,
-                lambda: self.accelerator.autocast(),
-                created_adapter=peft_config is not None,
-                sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
-            )
+        reference = make_reference(
+            policy,
+            ref_model,
+            args,
+            lambda: self.accelerator.autocast(),
+            created_adapter=peft_config is not None,
+            sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
         )
+        if isinstance(reference, FrozenModel):
+            check_vocabulary(self.tokenizer, cast(PreTrainedModel, reference.model), "reference")
+        self._set_layout(reference, own_collator)
+        self._set_reference(reference)
         if args.precompute_ref_log_probs:
             free_memory()
         self._loss_options = args.loss_options()
         self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
-        self._sums = {"train": metrics.MetricSums(), "eval": metrics.MetricSums()}
-        self._num_tokens = 0
+        self._start_metrics()
 
     def _prepare_dataset(self, dataset: PairDataset, args: DPOConfig, name: str) -> PairDataset:
-        dataset, self.tokenize_reports[name] = prepare_dataset(dataset, self.tokenizer, args, name)
+        with dataset_bars(shown=not args.disable_tqdm):
+            dataset, self.tokenize_reports[name] = prepare_dataset(dataset, self.tokenizer, args, name)
         return dataset
 
     # what Trainer would ask the model's signature for
 
     def _set_signature_columns_if_needed(self) -> None:
         # the sampler reads the lengths, the collator the ids
-        self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column_name]
+        self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column_name]
 
     # the loss
 
@@ -210,9 +220,11 @@ class DPOTrainer(ReferenceTrainer):
         weight, aux_loss = self._router_loss_weight, policy.get("aux_loss")
         if aux_loss is not None:
             loss = loss + weight * aux_loss.to(loss.device)
-        table = metrics.batch_table(output, logps, policy, offsets, inputs["attention_mask"], aux_loss, weight)
+        lengths = inputs["lengths"] if "lengths" in inputs else inputs["attention_mask"].sum(1)
+        table = metrics.batch_table(output, logps, policy, offsets, lengths, aux_loss, weight)
         if cast(Model, self.model).training:
             self._sums["train"].add(table)
+            loss = loss * self._window_weight(len(table))
         else:
             # drops the pairs that accelerate repeats to fill the last batch
             self._sums["eval"].add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
@@ -244,35 +256,14 @@ class DPOTrainer(ReferenceTrainer):
         """As `Trainer.evaluate`; a dataset given here may hold text or messages."""
         if isinstance(eval_dataset, Dataset | IterableDataset):
             eval_dataset = self._prepare_dataset(eval_dataset, self.args, metric_key_prefix)
+            self._check_window(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """The metrics of `test_dataset`, which may hold text or messages, and its predictions (see the class)."""
         test_dataset = self._prepare_dataset(test_dataset, self.args, metric_key_prefix)
+        self._check_window(test_dataset, "test_dataset")
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._sums["eval"].clear()
-        with self._logprob_forward.installed():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # the loss too: Trainer's mean counts the pairs that fill the last batch of several processes
-        totals = self._sums["eval"].tensor(self.args.device).tolist()
-        cast(dict, output.metrics).update({f"{metric_key_prefix}_{k}": v for k, v in metrics.averages(totals).items()})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed."""
-        if "loss" in logs:
-            totals = self._train_totals()
-            self._sums["train"].clear()
-            self._num_tokens += int(totals[metrics.COLUMNS.index("num_tokens")])
-            # the loss is Trainer's: what was optimized, accumulation steps weighing the same
-            logs.update({**metrics.averages(totals), "loss": logs["loss"], "num_tokens": self._num_tokens})
-        super().log(logs, start_time)
-
-    def _train_totals(self) -> list[float]:
-        sums = self._sums["train"].tensor(self.args.device)
-        return cast(Tensor, self.accelerator.reduce(sums.clone(), reduction="sum")).tolist()
 
     # training and resuming
 
@@ -287,13 +278,3 @@ class DPOTrainer(ReferenceTrainer):
         if self.args.save_strategy != SaveStrategy.NO:
             self.save_model()
         return output
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"num_tokens": self._num_tokens, "metric_sums": self._train_totals()}
-
-    def load_extra_state(self, state: dict[str, Any] | None) -> None:
-        self._num_tokens = state["num_tokens"] if state else 0
-        self._sums["train"].clear()
-        # the sums of all processes go on in one of them
-        if state and self.args.process_index == 0:
-            self._sums["train"].load(state["metric_sums"], self.args.device)
