@@ -470,8 +470,8 @@ def test_odd_rows_are_counted_and_training_goes_on(
     assert "on 3 pairs" in out
     summary = json.loads((tmp_path / "out/dpo_metrics/summary.json").read_text())
     assert summary["data"]["tokenized"]["train"]["dropped_long_prompt"] == 1
-    assert summary["reference"] == "a frozen copy of the starting policy"
-    assert f"reference: {summary['reference']}." in err
+    assert summary["reference"] == {"kind": "start", "description": "a frozen copy of the starting policy"}
+    assert f"reference: {summary['reference']['description']}." in err
 
 
 @pytest.fixture(scope="module")
@@ -590,16 +590,16 @@ def test_the_demo_takes_no_model_or_data(run: Callable[..., tuple[int, str, str]
 def test_which_split_is_evaluated(tmp_path: Path, write: Callable[..., str], capsys: pytest.CaptureFixture[str]):
     from datasets import Dataset, DatasetDict
 
-    from fastdpo.cli.train import _load_eval_dataset
+    from fastdpo.cli.pairs import load_eval_dataset
 
     train, test = Dataset.from_list([PAIR] * 3), Dataset.from_list([PAIR] * 2)
     DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
     train.save_to_disk(tmp_path / "one")
-    common: dict[str, Any] = {"config": None, "dataset_dir": None, "skip_bad_rows": False}
+    common: dict[str, Any] = {"dataset_dir": None, "skip_bad_rows": False}
 
     def rows(name: str, split: str = "test", train_name: str = "other") -> int:
         option = {"eval_dataset_name": name, "dataset_test_split": split, "dataset_name": train_name}
-        return len(_load_eval_dataset(option, common))
+        return len(load_eval_dataset({**option, "dataset_config": None, "dataset_dir": None}, common))
 
     assert rows(str(tmp_path / "both")) == 2
     assert rows(str(tmp_path / "both"), split="train") == 3

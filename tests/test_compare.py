@@ -19,11 +19,11 @@ QUESTION = "What colour is the sky?"
 Compare = Callable[..., tuple[int, str, str]]
 
 
-def write_summary(folder: Path, reference: str, model: str, trained_as: str, beta: float | None = BETA) -> None:
+def write_summary(folder: Path, kind: str, model: str, trained_as: str, beta: float | None = BETA) -> None:
     (folder / "dpo_metrics").mkdir(exist_ok=True)
     summary = {
         "model": {"name_or_path": model, "trained_as": trained_as},
-        "reference": reference,
+        "reference": {"kind": kind},
         "settings": {} if beta is None else {"beta": beta},
     }
     (folder / "dpo_metrics" / "summary.json").write_text(json.dumps(summary))
@@ -55,9 +55,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict
     model.save_pretrained(found["lora"])
     for folder in found.values():
         tokenizer.save_pretrained(folder)
-    told = "the base model of the policy, its adapter switched off"
-    write_summary(found["lora"], told, str(found["base"]), "lora")
-    write_summary(found["full"], "a frozen copy of the starting policy", str(found["base"]), "full")
+    write_summary(found["lora"], "base", str(found["base"]), "lora")
+    write_summary(found["full"], "start", str(found["base"]), "full")
     return found
 
 
@@ -198,20 +197,22 @@ def test_messages_raw_text_and_markdown(compare: Compare, folders: dict[str, Pat
 @pytest.mark.parametrize(
     ("is_adapter", "told", "path", "said"),
     [
-        (True, "", None, ""),
-        (True, "the base model of the policy, its adapter switched off", None, ""),
-        (True, "log-probs precomputed in /x from the starting policy", None, ""),
-        (True, "the model given as ref_model (sft/model)", "sft/model", ""),
-        (True, "log-probs precomputed in /a from b from the model given as ref_model (m)", "m", ""),
-        (True, "the adapter 'reference' of the same model", None, "the adapter 'reference' of the same model, which"),
-        (True, "the model given as ref_model (an instance)", None, "which is not kept"),
-        (True, "none, since the loss (simpo) reads none", None, "was none, since the loss (simpo) reads none"),
-        (False, "a frozen copy of the starting policy", "start", ""),
-        (False, "the model given as ref_model (m), mixed with the policy every 8 steps (alpha 0.6)", "m", "moved"),
+        (True, {}, None, ""),
+        (True, {"kind": "base"}, None, ""),
+        (True, {"kind": "base", "precomputed": "/x"}, None, ""),
+        (True, {"kind": "model", "path": "sft/model"}, "sft/model", ""),
+        (True, {"kind": "model", "path": "m", "precomputed": "/a from b"}, "m", ""),
+        (True, {"kind": "adapter", "name": "r", "description": "the adapter 'r'"}, None, "was the adapter 'r', which"),
+        (True, {"kind": "start", "description": "the start"}, None, "was the start, which is not kept"),
+        (True, {"kind": "model"}, None, "which is not kept"),
+        (True, {"kind": "none", "description": "none"}, None, "was none, which is not kept"),
+        (False, {"kind": "start"}, "start", ""),
+        (False, {"kind": "start", "synced": True, "description": "a copy"}, "start", "was a copy, which is not kept"),
+        (False, {"kind": "model", "path": "m", "synced": True}, "m", "moved"),
     ],
 )
 def test_the_reference_is_the_runs_or_a_line_says_so(
-    caplog: pytest.LogCaptureFixture, is_adapter: bool, told: str, path: str | None, said: str
+    caplog: pytest.LogCaptureFixture, is_adapter: bool, told: dict[str, Any], path: str | None, said: str
 ):
     run = SavedRun("run", is_adapter, "start", 0.1, told)
     assert reference_path(run) == path
@@ -223,7 +224,7 @@ def test_a_run_without_a_summary(folders: dict[str, Path], tmp_path: Path):
     copy = tmp_path / "copy"
     load(folders, "lora").save_pretrained(copy)
     run = read_run(str(copy))
-    assert run == SavedRun(str(copy), True, str(folders["base"]), None, "")
+    assert run == SavedRun(str(copy), True, str(folders["base"]), None, {})
     assert load_contestants(run).reference == f"{folders['base']}, the adapter switched off"
 
 

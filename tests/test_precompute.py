@@ -158,6 +158,7 @@ def test_precomputed_equals_online(tmp_path: Path, kind: str) -> None:
     assert losses(stored) == pytest.approx(losses(online), rel=1e-6)
     # the comparison sees another reference
     assert reference.description.startswith("log-probs precomputed in ")
+    assert reference.origin["precomputed"] in reference.description
     other = make(tmp_path / "other", make_policy(), ref_model=model(seed=5), ld_alpha=0.4)
     assert (columns(other)[REFERENCE_COLUMNS[0]] - columns(stored)[REFERENCE_COLUMNS[0]]).abs().max() > 1e-2
 
@@ -516,6 +517,7 @@ def test_given_columns_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture
         data = data.add_column(name, cast(Any, values))
     trainer = make(tmp_path, train_dataset=data)
     assert trainer.reference_description.startswith("log-probs given with the dataset")
+    assert trainer.reference_origin == {"kind": "columns"}
     assert not (tmp_path / "ref_logps").exists()
     batch = trainer.data_collator([cast(dict, cast(Any, trainer.train_dataset)[row]) for row in (3, 5)])
     assert batch["ref_chosen_logps"].tolist() == [-13.0, -15.0]

@@ -120,7 +120,7 @@ def test_summary_names_first_last_and_best(args: TrainingArguments):
     assert summary["runtime"] == {"train_runtime": 2.5}
     assert summary["settings"]["learning_rate"] == args.learning_rate
     assert summary["reference"] == "a frozen copy"
-    assert {"python", "torch", "transformers"} <= summary["versions"].keys()
+    assert {"python", "fastdpo", "torch", "transformers"} <= summary["versions"].keys()
 
 
 def test_json_is_strict_where_training_diverged(args: TrainingArguments, metrics: Path):

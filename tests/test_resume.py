@@ -116,7 +116,8 @@ def make(folder: Path, peft: bool = False, callbacks: Any = None, **options: Any
 def history(folder: Path, step: int = STEPS) -> list[dict[str, float]]:
     """The logged lines without what depends on the clock."""
     state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [line for line in state["log_history"] if "loss" in line]
+    lines = [line for line in state["log_history"] if "loss" in line]
+    return [{name: value for name, value in line.items() if not on_clock(name)} for line in lines]
 
 
 def names(folder: Path) -> list[str]:
@@ -492,7 +493,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def on_clock(name: str) -> bool:
-    return name.endswith(("runtime", "_per_second"))
+    """Whether a metric is of the machine, not of the training."""
+    return name.endswith(("runtime", "_per_second", "peak_memory_gb"))
 
 
 def metric_files(out: Path) -> tuple[list[list[str]], list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ from fastdpo.training.run_report import differing_arguments, final_metrics, read
 Report = Callable[..., tuple[int, str, str]]
 
 
-def make_run(folder: Path, beta: float, steps: int = 4, finished: bool = True) -> str:
+def make_run(folder: Path, beta: float, steps: int = 4, finished: bool = True, quantiles: bool = False) -> str:
     """A run's metric files, written by the callback that training has."""
     history: list[dict[str, Any]] = [
         {
@@ -30,6 +30,7 @@ def make_run(folder: Path, beta: float, steps: int = 4, finished: bool = True) -
             "rewards/rejected": -beta * step,
             "rewards/margins": 2 * beta * step,
             "grad_norm": 1.0,
+            **({"rewards/margins_p10": -beta * step, "rewards/margins_p90": 4 * beta * step} if quantiles else {}),
         }
         for step in range(1, steps + 1)
     ]
@@ -39,7 +40,13 @@ def make_run(folder: Path, beta: float, steps: int = 4, finished: bool = True) -
         return str(folder)
     history.append({"step": steps, "epoch": steps / 10, "eval_loss": 0.5, "eval_rewards/margins": beta})
     history.append({"step": steps, "epoch": steps / 10, "train_runtime": 7.5})
-    details = {"model": {"name_or_path": "a <b> model", "trained_as": "lora", "lora_r": 8}, "reference": "the base"}
+    details: dict[str, Any] = {
+        "model": {"name_or_path": "a <b> model", "trained_as": "lora", "lora_r": 8},
+        "reference": {"kind": "base"},
+    }
+    details["advice"] = (
+        [{"step": 2, "rule": "stuck", "text": f"the loss stays <at> ln 2, beta {beta}"}] if quantiles else []
+    )
     report = MetricsReport(details)
     args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", learning_rate=beta / 1000)
     args.beta = beta  # of DPOConfig, which the callback reads by name
@@ -113,7 +120,7 @@ def test_two_runs_in_one_picture_and_one_page(report: Report, tmp_path: Path):
     assert rows["train_runtime (s)"] == ["7.5", "7.5"]
     assert rows["beta"] == ["0.1", "0.3"]
     assert rows["learning_rate"] == ["0.0001", "0.0003"]
-    assert not {"model.name_or_path", "model.lora_r", "seed", "reference"} & rows.keys()
+    assert not {"model.name_or_path", "model.lora_r", "seed", "reference.kind"} & rows.keys()
     for row in ("loss", "beta"):
         assert re.search(rf"^{row} .*{rows[row][0]} .*{rows[row][1]}$", text, re.M)
 
@@ -140,6 +147,21 @@ def test_a_run_that_still_trains_has_curves_and_says_what_it_lacks(report: Repor
     found = read_runs(runs)
     assert final_metrics(found)["step"] == [4, 1]
     assert differing_arguments(found)["beta"] == [0.1, None]
+
+
+def test_quantiles_are_a_band_and_advice_is_told_again(report: Report, tmp_path: Path):
+    pictures = []
+    for quantiles in (False, True):
+        run = make_run(tmp_path / "run", 0.1, quantiles=quantiles)
+        code, _, err = report(run, "--out", "one.html")
+        assert code == 0, err
+        pictures.append(matplotlib.image.imread(tmp_path / "one.png")[..., :3])
+    # the shade is a light colour that no line and no grid has; the panel's scale grows with it
+    light = [((image.min(-1) > 0.8) & (image.max(-1) - image.min(-1) > 0.03)).sum() for image in pictures]
+    assert light[1] > light[0] + 5000, light
+    html = (tmp_path / "one.html").read_text()
+    Page(html)
+    assert "<li>run, step 2: the loss stays &lt;at&gt; ln 2, beta 0.1</li>" in html
 
 
 def test_names_are_as_long_as_it_takes(tmp_path: Path):

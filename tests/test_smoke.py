@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fastdpo import DataCollatorForPreference, DPOConfig, DPOTrainer
+from fastdpo.losses import LOSSES
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -207,7 +208,7 @@ def accumulated(folder: Path, loss: Any, size: int, steps: int, double: bool) ->
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         loss = compute(*args, **kwargs)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         return loss
 
     # Trainer sums what it logs in fp32
@@ -218,11 +219,12 @@ def accumulated(folder: Path, loss: Any, size: int, steps: int, double: bool) ->
     return sum(losses) / steps, callback.found
 
 
-@pytest.mark.parametrize(
-    ("loss", "double"),
-    [("sigmoid", False), ("sigmoid", True), (["ipo", "simpo"], True)],
-    ids=["sigmoid, float32", "sigmoid, float64", "ipo + simpo, float64"],
-)
+# the others read their micro-batch as a whole: its order, its tokens, its mean KL
+MEANS_OVER_PAIRS = [name for name, loss in LOSSES.items() if not loss.sorts and name not in ("sft", "cpo", "kto_pair")]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("loss", ["sigmoid", ["ipo", "simpo"], MEANS_OVER_PAIRS], ids=["sigmoid", "two", "all"])
 def test_accumulation_changes_neither_loss_nor_gradients(tmp_path: Path, loss: Any, double: bool) -> None:
     whole, wanted = accumulated(tmp_path, loss, 8, 1, double)
     norm = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
@@ -234,6 +236,13 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path: Path, loss: A
         error = torch.cat([(gradients[name] - wanted[name]).flatten() for name in wanted]).norm()
         assert float(norm) > 1e-3
         assert float(error / norm) < bound
+
+
+def test_a_loss_that_sorts_its_micro_batch_would_be_seen(tmp_path: Path) -> None:
+    assert len(MEANS_OVER_PAIRS) == len(LOSSES) - 5
+    whole, _ = accumulated(tmp_path, "aot", 8, 1, True)
+    parts, _ = accumulated(tmp_path, "aot", 2, 4, True)
+    assert parts != pytest.approx(whole, rel=1e-4)
 
 
 # models

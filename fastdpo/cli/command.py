@@ -8,13 +8,16 @@ import math
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.checks import one_sentence
 from fastdpo.cli.parsing import UsageError
+from fastdpo.training.files import write_atomic
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -87,6 +90,31 @@ def number_from(lowest: float, above: bool = False) -> Callable[[str], float]:
     return convert
 
 
+class WriteFailed(Exception):
+    """The result cannot be written; the message is one sentence."""
+
+
+def check_output_file(path: Path, argument: str = "--out") -> None:
+    """Try the folder that a result will be written to, so that nothing is computed in vain. Makes nothing.
+
+    Raises UsageError.
+    """
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{argument} {path} cannot be written: {error.strerror}") from error
+
+
+def write_result(path: Path, data: str | bytes) -> None:
+    """Write a result's file whole or not at all. Raises WriteFailed."""
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise WriteFailed(f"{path} cannot be written: {error.strerror}") from error
+
+
 def run_command(
     parser: CommandParser,
     argv: list[str],
@@ -113,6 +141,8 @@ def run_command(
         # a message of ours may list rows line by line
         ours = type(error).__module__.startswith("fastdpo.")
         return fail(debug, f"{parser.prog}: error: {error if ours else one_sentence(error)}", 2)
+    except WriteFailed as error:
+        return fail(debug, f"{parser.prog}: failed: {error}", 1)
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback)"
         return fail(debug, f"{parser.prog}: failed: {type(error).__name__}: {one_sentence(error)}{hint}", 1)
@@ -150,7 +180,8 @@ def log_to_stderr() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    # of several processes the first one speaks
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     logger.propagate = False
     try:
         yield

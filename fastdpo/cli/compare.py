@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.checks import check_model_folder
-from fastdpo.cli.command import CommandParser, count_above, number_from, run_command
+from fastdpo.cli.command import (
+    CommandParser,
+    check_output_file,
+    count_above,
+    number_from,
+    run_command,
+    write_result,
+)
 from fastdpo.cli.parsing import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -72,6 +79,8 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     out = Path(given.out) if given.out else None
     if out is not None and (out.suffix not in (".json", ".md") or out.is_dir()):
         raise UsageError(f"--out should be a file that ends in .json or .md, got {given.out}")
+    if out is not None:
+        check_output_file(out)
     if given.base is not None:
         check_model_folder(given.base)
 
@@ -80,7 +89,6 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
     from fastdpo.cli.show import no_bars_without_terminal
     from fastdpo.training.answers import compare_answers, load_contestants, prompt_ids, read_prompts, summarize_answers
-    from fastdpo.training.files import write_atomic
     from fastdpo.training.saved_run import read_run
 
     run = read_run(given.run)
@@ -115,7 +123,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     }
     if out is not None:
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else markdown(result)
-        write_atomic(out, text)
+        write_result(out, text)
         result["written"] = str(out)
     return result
 

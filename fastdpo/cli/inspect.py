@@ -129,7 +129,7 @@ def _check_tokenizer_folder(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_file():
         raise UsageError(f"no such model: {name} is a file; give the folder that holds its tokenizer")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"no such model: the folder {name} does not exist")
     if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise UsageError(f"the folder {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")

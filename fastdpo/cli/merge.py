@@ -2,10 +2,11 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.checks import check_model_folder
-from fastdpo.cli.command import CommandParser, run_command
+from fastdpo.cli.command import CommandParser, check_output_file, run_command
 from fastdpo.cli.parsing import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,6 +46,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--max_shard_size should be a size such as 500MB or 5GB, got '{given.max_shard_size}'")
     if given.base is not None:
         check_model_folder(given.base)
+    check_output_file(Path(given.out))
 
     import torch
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.command import CommandParser, run_command
+from fastdpo.cli.command import CommandParser, check_output_file, run_command, write_result
 from fastdpo.cli.parsing import UsageError
 
 
@@ -40,15 +40,15 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     page = Path(given.out)
     if page.suffix != ".html" or page.is_dir():
         raise UsageError(f"--out should be a file that ends in .html, got {given.out}")
+    check_output_file(page)
 
-    from fastdpo.training.files import write_atomic
     from fastdpo.training.run_report import differing_arguments, final_metrics, read_runs, runs_html, runs_png
 
     runs = read_runs(given.runs)
     png = runs_png(runs)
     picture = page.with_suffix(".png")
-    write_atomic(picture, png)
-    write_atomic(page, runs_html(runs, png, given.title or "DPO: " + ", ".join(run.name for run in runs)))
+    write_result(picture, png)
+    write_result(page, runs_html(runs, png, given.title or "DPO: " + ", ".join(run.name for run in runs)))
     return {
         "runs": [run.name for run in runs],
         "metrics": final_metrics(runs),

@@ -10,12 +10,22 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from fastdpo.cli.checks import TrainingFailed
-from fastdpo.cli.show import LogLines, ProgressBar, example_pair, result_text, say
+from fastdpo.cli.model_parts import freeze_layers, load_models
+from fastdpo.cli.pairs import dataset_names
+from fastdpo.cli.show import LogLines, ProgressBar, command_text, example_pair, result_text, say
 from fastdpo.data.errors import DataError
 from fastdpo.training.checkpoints import CheckpointError, resolve_resume
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.disk_space import check_room, model_size
+from fastdpo.training.files import DiskError
 from fastdpo.training.report import MetricsReport
 from fastdpo.training.trainer import DPOTrainer
+
+# what summary.json says of a model where it is asked for
+ADDED = (
+    *("adapter_name_or_path", "create_new_adapter", "load_in_4bit", "load_in_8bit", "ref_model", "ref_adapters"),
+    *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+)
 
 
 @contextlib.contextmanager
@@ -46,23 +56,34 @@ class Session:
         peft_config: Any,
     ) -> None:
         self.args, self.option, self.tokenizer = args, option, tokenizer
+        self.adapter = bool(option["use_peft"] or option["adapter_name_or_path"])  # that is what is trained and saved
         self.given = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
         resume = args.resume_from_checkpoint
         if isinstance(resume, str) and not (args.deepspeed or args.fsdp):
             # a broken checkpoint is named before the model loads
-            resolve_resume(resume, str(args.output_dir), adapter=bool(option["use_peft"]))
+            resolve_resume(resume, str(args.output_dir), adapter=self.adapter)
+        models = load_models(option, args, peft_config)
         with _said_already("fastdpo.data.formats"):  # the trainer looks at the rows again
             self.trainer = DPOTrainer(
-                option["model_name_or_path"],
+                models.policy,
+                models.reference,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                peft_config=peft_config,
+                quantization_config=models.quantization_config,
+                peft_config=models.peft_config,
             )
+        if option["freeze_trainable_layers"] is not None:
+            freeze = (option[f"freeze_{what}"] for what in ("trainable_layers", "trainable_modules", "extra_modules"))
+            freeze_layers(cast(Any, self.trainer.model), *freeze)
         # load_preferences gave a plain Dataset, and so does its tokenization
         self.pairs = cast(Dataset, self.trainer.train_dataset)
         self.main = self.trainer.is_world_process_zero()
+        self.trainer.card_details = {
+            "data": dataset_names(option),
+            "command": command_text(option),
+        }
         self.report = MetricsReport(self._details())
         for callback in (ProgressCallback, PrinterCallback):
             self.trainer.remove_callback(callback)
@@ -77,6 +98,8 @@ class Session:
         self._introduce()
         resume = args.resume_from_checkpoint
         try:
+            if args.save_strategy == "no":
+                check_room(str(args.output_dir), model_size(cast(Any, trainer.model)), 0, 0)
             trainer.train(resume_from_checkpoint=resume if resume else None)
             # without an evaluation during training the held-out pairs are scored once, at the end
             if trainer.eval_dataset is not None and args.eval_strategy == "no":
@@ -84,14 +107,15 @@ class Session:
             if args.save_strategy == "no":  # else the trainer has saved them
                 trainer.save_model()
             self.report.write(args, trainer.state)
-        except (DataError, CheckpointError, ImportError):  # a bad row or checkpoint, a package that an option needs
+        # a bad row or checkpoint, a full disk, a package that an option needs
+        except (DataError, CheckpointError, DiskError, ImportError):
             raise
         except Exception as error:
             # the input was accepted, so this is no error of the command line even if it is a ValueError
             raise TrainingFailed from error
         if not self.main:
             return ""
-        saved = "adapter" if self.option["use_peft"] else "model"
+        saved = "adapter" if self.adapter else "model"
         return result_text(trainer.state, str(args.output_dir), len(self.pairs), saved) + "\n"
 
     def _introduce(self) -> None:
@@ -106,18 +130,23 @@ class Session:
 
     def _is_stale(self, name: str) -> bool:
         """Whether an earlier run left weights of the other kind (model or adapter) in the output folder."""
-        other = name.startswith("adapter") != self.option["use_peft"]
+        other = name.startswith("adapter") != self.adapter
         return other and (Path(str(self.args.output_dir)) / name).is_file()
 
     def _details(self) -> dict[str, Any]:
         """What summary.json says besides the metrics."""
         option = self.option
         model: dict[str, Any] = {"name_or_path": option["model_name_or_path"], "revision": option["model_revision"]}
-        model["trained_as"] = "lora" if option["use_peft"] else "full"
+        if option["create_new_adapter"]:
+            model["name_or_path"] += f" with {' and '.join(option['adapter_name_or_path'])} merged"
+        model["trained_as"] = "lora" if self.adapter else "full"
+        model |= {name: option[name] for name in ADDED if option[name]}
         if option["use_peft"]:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
             model |= {name: option[name] for name in names}
-        data: dict[str, Any] = {"name": option["dataset_name"], "eval_name": option["eval_dataset_name"]}
+        data: dict[str, Any] = {"name": ", ".join(dataset_names(option)), "eval_name": option["eval_dataset_name"]}
         data["pairs_read"] = self.given
         data["tokenized"] = {name: report.as_dict() for name, report in self.trainer.tokenize_reports.items()}
-        return {"model": model, "data": data, "reference": self.trainer.reference_description}
+        trainer = self.trainer
+        reference = {**trainer.reference_origin, "description": trainer.reference_description}
+        return {"model": model, "data": data, "reference": reference, "advice": trainer.advisor.given}

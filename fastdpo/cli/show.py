@@ -1,13 +1,18 @@
 """What a run shows: progress lines and one example pair on stderr, the result on stdout."""
 
+import json
 import math
+import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from transformers import ProgressCallback, TrainerCallback
 
+from fastdpo.cli.fields import FIELDS
 from fastdpo.training.report import FILES as METRIC_FILES
 from fastdpo.training.report import FOLDER, metric_rows
 
@@ -17,6 +22,7 @@ _LINE = {
     "rewards/margins": ("margin", "{:+.4f}"),
     "rewards/accuracies": ("accuracy", "{:.2f}"),
     "grad_norm": ("grad norm", "{:.3g}"),
+    "tokens_per_second": ("tokens/s", "{:.0f}"),
     "learning_rate": ("lr", "{:.2g}"),
 }
 
@@ -32,9 +38,14 @@ def no_bars_without_terminal() -> bool:
     """Progress bars are noise in a log file: switch the libraries' off where stderr is no terminal; True if so."""
     if sys.stderr.isatty():
         return False
+    hide_bars()
+    return True
+
+
+def hide_bars() -> None:
+    """Switch the libraries' progress bars off."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    return True
 
 
 class ProgressBar(ProgressCallback):
@@ -62,19 +73,33 @@ class LogLines(TrainerCallback):
 
 def example_pair(tokenizer: Any, collator: Any, example: dict[str, Any], limit: int = 400) -> str:
     """The example as it is trained on: decoded after truncation, the scored tokens between >>> and <<<."""
-    batch = collator([example])
+    batch = replace(collator, layout="padded")([example])
     offsets = batch["offsets"].tolist()
     lines = []
     for sequence, side in enumerate(("chosen", "rejected")):
         start, end = offsets[sequence], offsets[sequence + 1]
         ids = batch["input_ids"][sequence][batch["attention_mask"][sequence].bool()]
         scored = batch["targets"][start:end]
+        # a target's row is the position before it
+        places = batch["rows"][start:end] + 1 - sequence * batch["input_ids"].shape[1]
+        first = int(places[0]) if len(places) else len(ids)
         if sequence == 0:
-            prompt = ids[: len(ids) - len(scored)]
-            lines.append(f"  prompt    {_count(prompt)}: {_shorten(tokenizer.decode(prompt), limit)}")
-        text = _shorten(tokenizer.decode(scored), limit)
-        lines.append(f"  {side:<9} {_count(scored)} scored: >>>{text}<<<")
+            lines.append(f"  prompt    {_count(ids[:first])}: {_shorten(tokenizer.decode(ids[:first]), limit)}")
+        lines.append(f"  {side:<9} {_count(scored)} scored: {_marked(tokenizer, ids, places, limit)}")
     return "\n".join(lines)
+
+
+def _marked(tokenizer: Any, ids: Any, places: Any, limit: int) -> str:
+    """The text from the first scored token on; each run of scored tokens (scored_turns=all has several) is marked."""
+    scored = torch.zeros(len(ids), dtype=torch.bool)
+    scored[places] = True
+    texts, begin = [], int(places[0]) if len(places) else len(ids)
+    while begin < len(ids):
+        run = int((scored[begin:] == scored[begin]).long().cumprod(0).sum())
+        text = _shorten(tokenizer.decode(ids[begin : begin + run]), limit)
+        texts.append(f">>>{text}<<<" if scored[begin] else text)
+        begin += run
+    return "".join(texts) or ">>><<<"
 
 
 def _count(tokens: Any) -> str:
@@ -85,6 +110,28 @@ def _shorten(text: str, limit: int) -> str:
     text = text.replace("\n", "\\n")
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} [... {len(text) - limit} characters ...] {text[-half:]}"
+
+
+def command_text(option: dict[str, Any]) -> str:
+    """The command of a run with these arguments, without defaults and secrets."""
+    words = ["fastdpo", "train"]
+    for field in FIELDS:
+        value = option.get(field.name, field.default)
+        if value == field.default or field.name.endswith("hub_token"):
+            continue
+        if isinstance(value, list):
+            words += [f"--{field.name}", *map(_word, value)]
+        else:
+            words.append(f"--{field.name}={_word(value)}")
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):  # arguments of from_pretrained may have one more secret
+        value = {name: item for name, item in value.items() if name not in ("token", "use_auth_token")}
+    if isinstance(value, (dict, bool)):
+        return json.dumps(value)
+    return "none" if value is None else str(value)
 
 
 def result_text(state: Any, output_dir: str, pairs: int, saved: str) -> str:

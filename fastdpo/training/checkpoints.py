@@ -4,13 +4,14 @@ transformers writes a checkpoint in place, trainer_state.json last, and resumes 
 finds. A run that is killed while it saves would then fail to resume, or go on from trained weights at step 0.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdpo.training.files import sync_folder, sync_tree, write_atomic
+from fastdpo.training.files import sync_folder, sync_tree, why_not_written, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 class CheckpointError(ValueError):
     """Training cannot go on from the checkpoint that was asked for; the message is one sentence."""
+
+
+class CheckpointNotWritten(RuntimeError):
+    """A checkpoint could not be written, and nothing of it is left; the message is one sentence."""
 
 
 class ReferenceState(dict[str, Tensor]):
@@ -52,6 +57,25 @@ def remove_leftovers(run_dir: str | os.PathLike[str]) -> list[str]:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in leftovers]
+
+
+@contextlib.contextmanager
+def whole_or_nothing(staging: Path, final: Path) -> Iterator[None]:
+    """Where `final` cannot be written, remove `staging`: half a checkpoint must not take the room that is missing.
+
+    Raises:
+        CheckpointNotWritten: for an error of the disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointNotWritten(
+            f"{final} cannot be written: {reason}; make room, and go on from an earlier one with resume_from_checkpoint"
+        ) from error
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -125,10 +149,11 @@ def incomplete_reason(folder: str | os.PathLike[str], sharded: bool = False) -> 
         # torch.save writes a zip; its directory is at the end, so a file cut short does not open
         if not zipfile.is_zipfile(path):
             return f"{path.name} is not readable"
-    return _unreadable_weights(folder)
+    return unreadable_weights(folder)
 
 
-def _unreadable_weights(folder: Path) -> str | None:
+def unreadable_weights(folder: Path) -> str | None:
+    """Why the safetensors files of a model or adapter in `folder` cannot be read, or None."""
     index = folder / "model.safetensors.index.json"
     try:
         if index.is_file():
@@ -192,7 +217,11 @@ def resolve_resume(
         return found
     reason = incomplete_reason(resume, sharded)
     if reason is not None:
-        raise CheckpointError(f"cannot resume from {os.fspath(resume)}: {reason}.")
+        inside = checkpoints_by_step(resume)
+        fix = f"a folder in it, such as {inside[-1][1]}" if inside else "another one"
+        raise CheckpointError(
+            f"cannot resume from {os.fspath(resume)}: {reason}; give {fix}, or True for the newest complete one."
+        )
     _check_kind(resume, sharded, adapter)
     return os.fspath(resume)
 

@@ -10,6 +10,8 @@ from peft import PeftModel
 from transformers import Trainer
 
 from fastdpo.training import checkpoints
+from fastdpo.training.disk_space import RoomCheck
+from fastdpo.training.load_errors import size_mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,10 @@ class SafeCheckpointTrainer(Trainer):
     def save_extra_files(self, folder: Path) -> None:
         """Write what else a checkpoint must have into it; called on the process that saves."""
 
+    def extra_file_size(self) -> int:
+        """About how many bytes `save_extra_files` writes."""
+        return 0
+
     def load_extra_files(self, folder: Path) -> None:
         """Go on with the files of `save_extra_files`; not called where training starts from scratch."""
 
@@ -47,6 +53,10 @@ class SafeCheckpointTrainer(Trainer):
         """Train. True resumes from the newest complete checkpoint in output_dir, or starts from scratch."""
         run_dir = Path(self.args.output_dir or ".")
         if self.args.should_save:
+            if not self._sharded:  # the sizes of all processes' parts are not known here
+                self.remove_callback(RoomCheck)
+                # before another callback writes a file
+                self.callback_handler.callbacks.insert(0, RoomCheck(self.extra_file_size))
             for name in checkpoints.remove_leftovers(run_dir):
                 logger.warning(f"removed {name}, which a killed run left in {run_dir}.")
         adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
@@ -70,25 +80,26 @@ class SafeCheckpointTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-            state = self._running_state()
-        finally:
-            self._staging = None
-        best_is_this = self.state.best_model_checkpoint == str(staged)
-        if best_is_this:
-            self.state.best_model_checkpoint = str(final)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        with checkpoints.whole_or_nothing(staging, final):
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+                state = self._running_state()
+            finally:
+                self._staging = None
+            best_is_this = self.state.best_model_checkpoint == str(staged)
             if best_is_this:
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-            checkpoints.save_state(staged, state)
-            self.save_extra_files(staged)
-            checkpoints.publish(staged, final)
-            staging.rmdir()
-            best = self.state.best_model_checkpoint
-            checkpoints.rotate(run_dir, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
+                self.state.best_model_checkpoint = str(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if best_is_this:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+                checkpoints.save_state(staged, state)
+                self.save_extra_files(staged)
+                checkpoints.publish(staged, final)
+                staging.rmdir()
+                best = self.state.best_model_checkpoint
+                checkpoints.rotate(run_dir, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
         self.accelerator.wait_for_everyone()
         if self._push_later:
             self._push_later = False
@@ -100,6 +111,19 @@ class SafeCheckpointTrainer(Trainer):
             self._push_later = True
         else:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            found = size_mismatch(error)
+            if found is None:
+                raise
+            name, stored, wanted = found
+            raise checkpoints.CheckpointError(
+                f"cannot resume from {resume_from_checkpoint}: {name} has shape {stored} there and {wanted} in this "
+                "run; go on with the arguments that the run began with."
+            ) from error
 
     def _running_state(self) -> dict[str, Any]:
         loss = self._loss_since_log

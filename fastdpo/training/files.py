@@ -1,8 +1,43 @@
 """Writing files so that a kill at any moment leaves either the old content or the new, never half of it."""
 
 import os
+import re
 import secrets
+import tempfile
 from pathlib import Path
+
+
+class DiskError(ValueError):
+    """A folder cannot be written, or has no room for what a run writes; the message is one sentence."""
+
+
+def check_writable(folder: str | os.PathLike[str], argument: str) -> None:
+    """Make `folder` and try a file in it, so that a run does not end with results it cannot store.
+
+    Raises:
+        DiskError: it is a file, or cannot be made or written; the sentence names `argument`.
+    """
+    path = Path(folder)
+    try:
+        if path.exists() and not path.is_dir():
+            raise DiskError(f"{argument} {folder} is a file; give a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))  # on a full disk an empty file can be made
+            file.flush()
+    except OSError as error:
+        raise DiskError(f"{argument} {folder} cannot be written: {error.strerror}") from error
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """The system's reason that a library could not write a file, None where the error is another one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"I/O error: (.+?)(?: \(os error \d+\))?$", str(error))  # safetensors
+    if found is not None:
+        return found[1]
+    torch_s = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return "the disk is full, or a limit is reached" if torch_s else None
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from fastdpo.data.tokenize import ID_COLUMNS
+from fastdpo.data.tokenize import pair_columns
 from fastdpo.training.reference import Reference
 
 # of a configuration, what changes no number
@@ -24,10 +24,11 @@ _IRRELEVANT = {
 
 
 def data_hash(dataset: Dataset) -> str:
-    """SHA-256 of the token ids of every row, which is all that a model sees of data, tokenizer and chat template."""
-    hashes = [hashlib.sha256() for _ in range(2 * len(ID_COLUMNS))]
-    for table in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=10_000):
-        for index, column in enumerate(ID_COLUMNS):
+    """SHA-256 of the token ids (and masks) of every row: all that a model sees of data, tokenizer and chat template."""
+    columns = pair_columns(dataset.column_names)
+    hashes = [hashlib.sha256() for _ in range(2 * len(columns))]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        for index, column in enumerate(columns):
             for chunk in cast(Any, table).column(column).chunks:
                 lengths = pc.call_function("list_value_length", [chunk]).to_numpy(zero_copy_only=False)
                 ids = chunk.flatten().to_numpy(zero_copy_only=False)

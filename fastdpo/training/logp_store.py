@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdpo.data.collate import REFERENCE_COLUMNS
-from fastdpo.data.tokenize import ID_COLUMNS
+from fastdpo.data.tokenize import pair_columns
 from fastdpo.training.files import write_atomic
 from fastdpo.training.fingerprints import data_hash
 from fastdpo.training.pair_logps import SequenceLogps
@@ -93,7 +93,7 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
     began = time.monotonic()
     with tqdm(total=len(mine), desc=f"reference log-probs of {name}", disable=work.quiet or not mine) as bar:
         for shard in mine:
-            rows = dataset.select(_rows_of(shard, len(dataset))).select_columns(list(ID_COLUMNS))
+            rows = dataset.select(_rows_of(shard, len(dataset))).select_columns(pair_columns(dataset.column_names))
             values = _compute(rows, shard * SHARD_ROWS, name, work)
             _write(folder / _shard_name(shard), save(values, metadata={KEY: key}))
             bar.update()

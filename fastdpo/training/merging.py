@@ -12,12 +12,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fastdpo.training.files import sync_folder, sync_tree
+from fastdpo.training.files import sync_folder, sync_tree, why_not_written
+from fastdpo.training.load_errors import first_sentence
 from fastdpo.training.models import is_adapter_folder
-from fastdpo.training.saved_models import first_line, load_adapter, load_model, load_tokenizer_of, read_adapter_config
+from fastdpo.training.saved_models import load_adapter, load_model, load_tokenizer_of, read_adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +101,8 @@ def merge_adapter(
             target.rmdir()
         os.replace(staging, target)
         sync_folder(target.parent)
-    except OSError as error:
-        raise RuntimeError(f"{out} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"{out} cannot be written: {why_not_written(error) or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return {
@@ -118,11 +120,13 @@ def _load_base(base: str, trust_remote_code: bool) -> PreTrainedModel:
     """The base model, dequantized."""
     if is_adapter_folder(base):
         raise ValueError(f"the base model {base} is itself an adapter; merge that one first, and give the result")
+    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise ValueError(f"the base model {base} is not there; give the folder where it is now as base")
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the base model {base} cannot be loaded ({first_line(error)}); give its folder as base"
+            f"the base model {base} cannot be loaded ({first_sentence(error)[:-1]}); give its folder as base"
         ) from error
     stored: Any = getattr(config, "quantization_config", None)
     method = str(getattr(stored, "quant_method", None) or dict(stored or {}).get("quant_method"))

@@ -1,7 +1,8 @@
-"""DPO's metrics under TRL's names, kept on the device as sums and counts until they are logged."""
+"""DPO's metrics under TRL's names, kept on the device until they are logged."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,10 @@ TOKEN_MEANS = {
     "entropy": ("chosen_tokens", "rejected_tokens"),
     "mean_token_accuracy": ("chosen_tokens",),
 }
+# counts of scored tokens that are logged as means over pairs
+LENGTHS = {"length/chosen": "chosen_tokens", "length/rejected": "rejected_tokens"}
+# of the pairs' margins in the window
+QUANTILES = {"rewards/margins_p10": 0.1, "rewards/margins_p50": 0.5, "rewards/margins_p90": 0.9}
 COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "num_tokens")
 PREDICTIONS = (
     "rewards/chosen",
@@ -43,7 +48,7 @@ def per_pair_table(columns: dict[str, Tensor]) -> Tensor:
     float64 where the device has it, so that counts stay exact and sums do not depend on how a batch was cut.
     """
     reference = columns["rewards/chosen"]
-    dtype = torch.float32 if reference.device.type == "mps" else torch.float64
+    dtype = _wide(reference.device)
     columns = {"pairs": torch.ones_like(reference), "aux_loss": torch.zeros_like(reference), **columns}
     return torch.stack([columns[name].detach().to(dtype) for name in COLUMNS], dim=1)
 
@@ -54,14 +59,14 @@ def batch_table(
     logps: PairLogps,
     policy: dict[str, Tensor],
     offsets: Tensor,
-    attention_mask: Tensor,
+    lengths: Tensor,
     aux_loss: Tensor | None = None,
     aux_weight: float = 0.0,
 ) -> Tensor:
     """The (B, K) table of a batch.
 
     policy: the statistics of the M scored tokens, (M,) each, and perhaps more. offsets: (2B + 1,) int64, on their
-    device. attention_mask: (2B, T). aux_loss: a scalar that is added to every loss, times `aux_weight`.
+    device. lengths: (2B,), the tokens of each sequence. aux_loss: a scalar, added to every loss times `aux_weight`.
     """
     losses = output.losses
 
@@ -74,7 +79,7 @@ def batch_table(
     columns = {
         "chosen_tokens": chosen_tokens,
         "rejected_tokens": rejected_tokens,
-        "num_tokens": attention_mask.to(offsets.device).sum(1).view(2, -1).sum(0),
+        "num_tokens": lengths.to(offsets.device).view(2, -1).sum(0),
         "loss": losses,
         "rewards/chosen": output.chosen_rewards,
         "rewards/rejected": output.rejected_rewards,
@@ -108,34 +113,59 @@ def averages(totals: Sequence[float]) -> dict[str, float]:
     if column["pairs"] == 0:
         return {}
     logged = {name: column[name] / column["pairs"] for name in PAIR_MEANS if name != "aux_loss" or column[name]}
+    logged |= {name: column[count] / column["pairs"] for name, count in LENGTHS.items()}
     for name, counts in TOKEN_MEANS.items():
         tokens = sum(column[count] for count in counts)
         logged[name] = column[name] / tokens if tokens else 0.0
     return logged
 
 
+def margin_quantiles(margins: Tensor) -> dict[str, float]:
+    """The logged quantiles of the pairs' margins (N,), linear between pairs; NaN entries do not count.
+
+    No entry gives {}; nothing but NaN gives NaN.
+    """
+    if len(margins) == 0:
+        return {}
+    # not torch.quantile, which takes 16 million numbers at most
+    values = margins[~margins.isnan()].cpu().numpy()
+    if len(values) == 0:
+        return dict.fromkeys(QUANTILES, float("nan"))
+    return dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist(), strict=True))
+
+
 class MetricSums:
-    """Running column sums. `add` neither copies to the host nor waits for the device."""
+    """Running column sums, and the margins of the pairs. `add` neither copies to the host nor waits for the device."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        self._margins: list[Tensor] = []
 
     def add(self, table: Tensor) -> None:
         """Add a batch's (B, K) table."""
         sums = table.sum(0)
         self._sums = sums if self._sums is None else self._sums + sums
+        self._margins.append(table[:, COLUMNS.index("rewards/margins")].clone())
+        if len(self._margins) == 1024:
+            self._margins = [torch.cat(self._margins)]  # a small tensor takes 512 bytes on a GPU
 
     def tensor(self, device: torch.device) -> Tensor:
         """The sums of this process, (K,)."""
-        if self._sums is not None:
-            return self._sums
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.zeros(len(COLUMNS), dtype=dtype, device=device)
+        return torch.zeros(len(COLUMNS), dtype=_wide(device), device=device) if self._sums is None else self._sums
 
-    def load(self, sums: Sequence[float], device: torch.device) -> None:
-        """Continue from sums that a checkpoint kept."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.tensor(list(sums), dtype=dtype, device=device)
+    def margins(self, device: torch.device) -> Tensor:
+        """The margins of the pairs of this process, (N,)."""
+        return torch.cat([torch.zeros(0, dtype=_wide(device), device=device), *self._margins])
+
+    def load(self, sums: Sequence[float], margins: Sequence[float], device: torch.device) -> None:
+        """Continue from what a checkpoint kept."""
+        self._sums = torch.tensor(list(sums), dtype=_wide(device), device=device)
+        self._margins = [torch.tensor(list(margins), dtype=_wide(device), device=device)]
 
     def clear(self) -> None:
         self._sums = None
+        self._margins = []
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,13 +1,18 @@
 """Datasets of pairs as the trainer takes them -> tokenized, counted, with the columns that samplers read."""
 
 import logging
+import sys
 from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.data.errors import count
+from fastdpo.data.findings import repeated_pairs, special_token_findings, template_findings
 from fastdpo.data.formats import normalize_dataset
+from fastdpo.data.limits import measure
 from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport, tokenize_dataset
 from fastdpo.training.config import DPOConfig
 
@@ -32,6 +37,7 @@ def prepare_dataset(
             "load it whole, or leave precompute_ref_log_probs out."
         )
     dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
+    first = next(iter(dataset), {})
     dataset, report = tokenize_dataset(
         dataset,
         tokenizer,
@@ -44,8 +50,12 @@ def prepare_dataset(
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
         tools=cast("str | None", args.tools),
+        on_overlong=args.on_overlong,
+        scored_turns=args.scored_turns,
     )
+    _warn_of_findings(first, dataset, tokenizer, name)
     lost = (
+        report.dropped_overlong,
         report.dropped_long_prompt,
         report.dropped_unscored,
         report.truncated_chosen,
@@ -60,10 +70,29 @@ def prepare_dataset(
     by_length = strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
     if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
         # Trainer would look for input_ids; a pair is padded to its longer side
-        lengths = [
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-            for row in cast("Any", dataset.select_columns(list(ID_COLUMNS)))
-        ]
-        lengths = [min(length, args.max_length or length) for length in lengths]
-        dataset = dataset.add_column(args.length_column_name, cast(Any, lengths))
+        found = measure(dataset)
+        lengths = np.minimum(found.prompt + np.maximum(*found.completions), args.max_length or sys.maxsize)
+        dataset = dataset.add_column(args.length_column_name, cast(Any, lengths.tolist()))
     return dataset, report
+
+
+def _warn_of_findings(row: dict[str, Any], pairs: PairDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """One warning for each thing that looks wrong; row: the first one as it was given. Of a stream one pair is read."""
+    if not isinstance(pairs, Dataset):
+        one = next(iter(pairs), None)
+        if one is None:
+            return
+        pairs = Dataset.from_list([{column: one[column] for column in ID_COLUMNS}])
+    found = special_token_findings(pairs, tokenizer)
+    given_ids = set(ID_COLUMNS) <= row.keys()
+    if not given_ids and name == "train":
+        found += template_findings(row, tokenizer)
+    identical, duplicated = repeated_pairs(pairs)
+    if identical and given_ids:  # of texts and messages it was said before they were tokenized
+        found.append(
+            f"chosen and rejected are identical in {identical} of {count(len(pairs), 'row')}; they teach nothing."
+        )
+    if duplicated:
+        found.append(f"{duplicated} of {count(len(pairs), 'row')} are the same as an earlier one; they are kept.")
+    for sentence in found:
+        logger.warning(f"{name}: {sentence}")

@@ -33,9 +33,10 @@ Datasets = dict[str, Dataset]
 class PrecomputedReference(Reference):
     """Log-probs that the batches bring along; `source` answers batches that bring none, as long as it exists."""
 
-    def __init__(self, description: str, source: Reference | None) -> None:
+    def __init__(self, description: str, source: Reference | None, origin: Mapping[str, Any]) -> None:
         self.description = description
         self.source = source
+        self.origin = origin
         self._said = False
 
     def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
@@ -86,7 +87,7 @@ def precompute(
     """
     if given_logps(datasets, args):
         description = f"log-probs given with the dataset ({SUMS[0]}, {SUMS[1]})"
-        return PrecomputedReference(description, None), datasets
+        return PrecomputedReference(description, None, {"kind": "columns"}), datasets
     root = Path(args.precompute_ref_dir or Path(str(args.output_dir), "ref_logps"))
     own = type(collator)
     settings = {
@@ -118,7 +119,8 @@ def precompute(
         with _on_device(policy, args.device):
             done[name] = with_reference_logps(dataset, root / _folder_name(name), work)
     description = f"log-probs precomputed in {root} from {reference.description}"
-    return PrecomputedReference(description, None if isinstance(reference, FrozenModel) else reference), done
+    source = None if isinstance(reference, FrozenModel) else reference
+    return PrecomputedReference(description, source, {**reference.origin, "precomputed": str(root)}), done
 
 
 @contextmanager

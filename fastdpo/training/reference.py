@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -16,9 +16,16 @@ from fastdpo.training.logprob_forward import LogprobForward
 
 
 class Reference(ABC):
-    """Gives reference log-probs. `description` is one line that says what the reference is."""
+    """Gives reference log-probs.
+
+    Attributes:
+        description: one line that says what the reference is.
+        origin: the same for a program: "kind" (none, base, adapter, start, model, columns) and, where it has them,
+            "path" of the model, "name" of the adapter, "synced" (TR-DPO), "precomputed" (the folder).
+    """
 
     description: str
+    origin: Mapping[str, Any]
 
     @abstractmethod
     def __call__(self, policy: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
@@ -56,6 +63,8 @@ class Reference(ABC):
 class NoReference(Reference):
     """For losses that read none: no pass, no second model."""
 
+    origin: Mapping[str, Any] = {"kind": "none"}
+
     def __init__(self, losses: str) -> None:
         self.description = f"none, since the loss ({losses}) reads none"
 
@@ -69,6 +78,8 @@ class FrozenModel(Reference):
     It is not given to accelerate's `prepare`, which would count it among the models that evaluation finds ready.
     `autocast` makes the context that the policy's forward runs in.
     """
+
+    origin: Mapping[str, Any] = {"kind": "start"}
 
     def __init__(
         self,

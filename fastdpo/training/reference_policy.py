@@ -114,6 +114,8 @@ def _given_model(policy: Policy, ref_model: str | Policy, args: DPOConfig, autoc
         reference.check(policy)
     else:
         reference = FrozenModel(ref_model, description, autocast)
+    path = {} if name == "an instance" else {"path": name}
+    reference.origin = {"kind": "model", **path, **({"synced": True} if args.sync_ref_model else {})}
     return reference
 
 

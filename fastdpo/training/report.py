@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastdpo import __version__
 from fastdpo.training.files import write_atomic
 
 FOLDER = "dpo_metrics"
@@ -34,15 +35,21 @@ LEADING = (
 )
 # Trainer's record at the end of training: it belongs to the run, not to a step
 RUN_RECORD = "train_runtime"
-PACKAGES = ("fastdpo", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
 ESSENTIALS = (
     "loss_type",
+    "loss_weights",
     "beta",
     "label_smoothing",
+    "rpo_alpha",
+    "ld_alpha",
     "max_length",
     "truncation_mode",
+    "batch_layout",
     "learning_rate",
     "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
     "optim",
     "num_train_epochs",
     "max_steps",
@@ -105,17 +112,18 @@ def summarize(state: TrainerState, args: TrainingArguments, details: Mapping[str
         "best": best,
         "tokens": next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), None),
         "runtime": {name: value for name, value in run.items() if name not in ("step", "epoch", "total_flos")},
-        "versions": {"python": platform.python_version(), **_installed()},
+        "versions": {"python": platform.python_version(), **installed_versions()},
     }
 
 
-def _installed() -> dict[str, str]:
-    found = {}
+def installed_versions() -> dict[str, str]:
+    """The versions of what takes part in training, as far as it is installed."""
+    found = {"fastdpo": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            continue  # run from a checkout, or not installed on this platform
+            continue
     return found
 
 
@@ -140,7 +148,10 @@ def _run_record(path: Path) -> dict[str, Any] | None:
 
 
 def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
-    """Four panels as a PNG: loss, reward margin, accuracy, chosen and rejected reward; dots are evaluations."""
+    """Four panels as a PNG: loss, reward margin, accuracy, chosen and rejected reward.
+
+    Dots are evaluations; the shade around the margin is from the pairs' 10% to their 90% quantile.
+    """
     # the object interface: no pyplot state, no display, any thread
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -162,6 +173,7 @@ def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
                     # a single training point would be an invisible line
                     style = "." if style == "-" and len(points) == 1 else style
                     axes.plot(*zip(*points, strict=True), style, color=color, label=prefix + name)
+            draw_band(axes, rows, name, color)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -169,6 +181,14 @@ def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
+
+
+def draw_band(axes: Any, rows: Iterable[Mapping[str, Any]], name: str, color: Any) -> None:
+    """Shade from the 10% to the 90% quantile of a metric, where it is logged with them."""
+    low, high = f"{name}_p10", f"{name}_p90"
+    band = [(row["step"], row[low], row[high]) for row in rows if low in row and high in row]
+    if len(band) > 1:
+        axes.fill_between(*zip(*band, strict=True), color=color, alpha=0.12, linewidth=0)
 
 
 class MetricsReport(TrainerCallback):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.training.report import FOLDER, metric_columns
+from fastdpo.training.report import FOLDER, draw_band, metric_columns
 
 # title -> metrics; the second of two is dashed
 PANELS = {
@@ -23,6 +23,10 @@ PANELS = {
     "rewards: chosen, rejected (dashed)": ("rewards/chosen", "rewards/rejected"),
     "log-probs: chosen, rejected (dashed)": ("logps/chosen", "logps/rejected"),
     "gradient norm": ("grad_norm",),
+    "scored tokens of an answer: chosen, rejected (dashed)": ("length/chosen", "length/rejected"),
+    "entropy (nats a token)": ("entropy",),
+    "tokens per second": ("tokens_per_second",),
+    "peak memory (GB)": ("peak_memory_gb",),
 }
 
 
@@ -85,14 +89,20 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 def _read_csv(path: Path) -> list[dict[str, float]]:
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for line, cells in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.append({name: float(cell) for name, cell in cells.items() if cell})
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{line}: wanted numbers, got {list(cells.values())}") from error
-            if "step" not in rows[-1]:
-                raise ValueError(f"{path}:{line}: there is no step in this row")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    for line, cells in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+        if None in cells.values():
+            raise ValueError(f"{path}:{line}: the row has fewer cells than the header; the file was cut short")
+        try:
+            rows.append({name: float(cell) for name, cell in cells.items() if cell})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{line}: wanted numbers, got {list(cells.values())}") from error
+        if "step" not in rows[-1]:
+            raise ValueError(f"{path}:{line}: there is no step in this row")
     return rows
 
 
@@ -140,7 +150,10 @@ def differing_arguments(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def runs_png(runs: Sequence[Run]) -> bytes:
-    """A panel for each metric that a run has: lines are training, dots are evaluations, a colour for each run."""
+    """A panel for each metric that a run has: lines are training, dots are evaluations, a colour for each run.
+
+    The shade around a margin is from the pairs' 10% to their 90% quantile.
+    """
     # the object interface: no pyplot state, no display, any thread
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -169,6 +182,7 @@ def runs_png(runs: Sequence[Run]) -> bytes:
                     # a single training point would be an invisible line
                     style = "." if len(points) == 1 else line
                     place.plot(*zip(*points, strict=True), style, color=color, linewidth=1.4)
+                draw_band(place, run.rows, name, color)
                 if evals:
                     face = color if line == "-" else "white"
                     place.plot(*zip(*evals, strict=True), "o", color=color, markerfacecolor=face, markersize=5)
@@ -211,8 +225,19 @@ def runs_html(runs: Sequence[Run], png: bytes, title: str) -> str:
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{_text(title)}</h1>\n"
         f'<img alt="training curves" src="data:image/png;base64,{image}">\n'
         f"<h2>Final metrics</h2>\n{_table(names, final_metrics(runs))}\n"
-        f"<h2>{heading}</h2>\n{note}{_table(names, arguments) if arguments else '<p>None.</p>'}\n</body>\n</html>\n"
+        f"{_advice(runs)}<h2>{heading}</h2>\n{note}{_table(names, arguments) if arguments else '<p>None.</p>'}\n"
+        "</body>\n</html>\n"
     )
+
+
+def _advice(runs: Sequence[Run]) -> str:
+    """What was said about each run's numbers while it trained."""
+    lines = [
+        f"<li>{_text(run.name)}, step {_text(show(advice.get('step')))}: {_text(str(advice.get('text')))}</li>"
+        for run in runs
+        for advice in run.summary.get("advice") or []
+    ]
+    return "<h2>Advice</h2>\n<ul>\n" + "\n".join(lines) + "\n</ul>\n" if lines else ""
 
 
 def _table(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,20 @@ from fastdpo.training.saved_models import read_adapter_config
 
 logger = logging.getLogger(__name__)
 
-_PRECOMPUTED = re.compile(r"log-probs precomputed in .* from (.*)", re.S)
-_GIVEN = re.compile(r"the model given as ref_model \((.+?)\).*", re.S)
-
 
 @dataclass(frozen=True)
 class SavedRun:
     """folder: the run's output_dir. is_adapter: an adapter was trained, over `base`; else a whole model, from `base`.
 
-    base: None where neither adapter nor summary names it. beta: None where no summary.json says it. reference: the line
-    that the summary has about it, "" where there is none.
+    base: None where neither adapter nor summary names it. beta: None where no summary.json says it. reference: what the
+    summary has about it (see `Reference.origin`, and "description"), {} where there is none.
     """
 
     folder: str
     is_adapter: bool
     base: str | None
     beta: float | None
-    reference: str
+    reference: Mapping[str, Any]
 
 
 def read_run(folder: str) -> SavedRun:
@@ -49,7 +46,7 @@ def read_run(folder: str) -> SavedRun:
     if adapter:
         base = read_adapter_config(folder).base_model_name_or_path or base
     beta = (summary.get("settings") or {}).get("beta")
-    return SavedRun(folder, adapter, base, beta, summary.get("reference") or "")
+    return SavedRun(folder, adapter, base, beta, summary.get("reference") or {})
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -73,18 +70,19 @@ def reference_path(run: SavedRun, ref_model: str | None = None) -> str | None:
     """
     if ref_model is not None:
         return ref_model
-    told = _PRECOMPUTED.sub(r"\1", run.reference)
-    given = _GIVEN.fullmatch(told)
-    if given and given[1] != "an instance":
-        if "mixed with the policy" in told:
-            logger.warning(f"the run's reference moved with the policy; it is compared with its start, {given[1]}")
-        return given[1]
+    told = run.reference
+    if told.get("kind") == "model" and "path" in told:
+        if told.get("synced"):
+            logger.warning(f"the run's reference moved with the policy; it is compared with its start, {told['path']}")
+        return told["path"]
     start = "the base model, its adapter switched off" if run.is_adapter else run.base
     if start is None:
         raise ValueError(
             f"{run.folder} has no {FOLDER}/summary.json that says which model was trained; give the ref_model"
         )
-    same = ("the base model of the policy", "a frozen copy of the starting policy", "the starting policy")
-    if told and not told.startswith(same):
-        logger.warning(f"the run's reference was {told}, which is not kept; it is compared with {start}")
+    kept = told.get("kind") == ("base" if run.is_adapter else "start") and not told.get("synced")
+    if told and not kept:
+        logger.warning(
+            f"the run's reference was {told.get('description', told)}, which is not kept; it is compared with {start}"
+        )
     return None if run.is_adapter else run.base

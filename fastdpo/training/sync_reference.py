@@ -6,6 +6,7 @@ the factors A and B one by one would add cross terms that the paper does not hav
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 class SyncedModel(FrozenModel):
     """A frozen copy whose weights are mixed with the policy's."""
+
+    origin: Mapping[str, Any] = {"kind": "start", "synced": True}
 
     def check(self, policy: nn.Module) -> None:
         """Raise ValueError unless the weights can be mixed one by one."""
@@ -61,6 +64,7 @@ class SyncedAdapter(StartWeights):
     """
 
     kind = "a delta mixed with the adapter's (sync_ref_model)"
+    origin: Mapping[str, Any] = {"kind": "start", "synced": True}
 
     def __init__(self, policy: PeftModel) -> None:
         super().__init__(policy)
