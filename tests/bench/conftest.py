@@ -34,6 +34,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         sweep = found.pairs.PairSweep(2, 16, 16, 300, (8, 16, 32), (150, 300, 600))
         monkeypatch.setitem(found.pairs.SWEEPS, ("cpu", quick), sweep)
         monkeypatch.setitem(found.cases.MOST_TOKENS, ("cpu", quick), 1024)
+    monkeypatch.setitem(found.train_cases.SHAPES, "toy", found.train_cases.Shape("llama", 16, 24, 1, 2, 1, 128))
+    for name in ("CPU_SIZES", "CPU_QUICK"):
+        monkeypatch.setattr(found.train_cases, name, [("toy", 2, 64, 3, "full")])
+    monkeypatch.setitem(found.train_peers.LEARNING_RATES, "full", 3e-3)
+    # words of a small vocabulary, wherever the real pairs are
+    monkeypatch.setattr(found.train_data, "WORDS", 100)
+    monkeypatch.setattr(found.train_data, "PAIRS", ROOT / "absent.json")
+    monkeypatch.setattr(found.benchmark, "TRAIN_ROUNDS", 2)
     rounds = found.timing.Rounds(2, least=1, slice_ms=400)
     monkeypatch.setitem(found.session.SETTINGS, "cpu", replace(found.session.SETTINGS["cpu"], rounds=rounds))
     found.measured = _measured(found)

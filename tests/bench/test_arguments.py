@@ -46,7 +46,8 @@ def test_the_module_is_the_same_command():
     [
         (["--quik"], "there is no argument '--quik': did you mean '--quick'?"),
         (["linear_logprobs"], "there is no case 'linear_logprobs': did you mean 'linear_logprob'?"),
-        (["--quick", "train"], "there is no case 'train': choose from linear_logprob, dpo_loss"),
+        (["--quick", "train"], "there is no case 'train': did you mean 'train_step'?"),
+        (["--quick", "sft"], "there is no case 'sft': choose from linear_logprob, dpo_loss, train_step"),
         (["--rounds", "0"], "--rounds: should be a whole number, at least 1, got '0'"),
         (["--rounds", "2.5"], "--rounds: should be a whole number, at least 1, got '2.5'"),
         (["--threshold", "0.9"], "--threshold: should be a number, at least 1, got '0.9'"),
@@ -80,8 +81,9 @@ def test_an_interrupt_is_no_traceback(bench, tmp_path, monkeypatch, capsys):
 def test_no_case_named_is_every_case_and_entries_are_each_cases_own(bench, tmp_path, capsys):
     shared = ["--device", "cpu", "--memory_budget", "0", "--out", str(tmp_path), "--rounds", "1"]
     assert main(["bench", *shared, "--entries", "fastdpo,trl"]) == 0
-    assert sorted(path.name.partition("_cpu")[0] for path in tmp_path.glob("*.json")) == ["dpo_loss", "linear_logprob"]
+    written = sorted(path.name.partition("_cpu")[0] for path in tmp_path.glob("*.json"))
+    assert written == ["dpo_loss", "linear_logprob", "train_step"]
     for path in tmp_path.glob("*.json"):
         path.unlink()
-    assert main(["bench", *shared, "--entries", "trl"]) == 0
-    assert [path.name.partition("_cpu")[0] for path in tmp_path.glob("*.json")] == ["linear_logprob"]
+    assert main(["bench", *shared, "--entries", "liger eager"]) == 0
+    assert [path.name.partition("_cpu")[0] for path in tmp_path.glob("*.json")] == ["dpo_loss"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_an_interrupted_run_leaves_what_it_has(bench, tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_stopped_in_its_first_case_leaves_an_older_file_alone(bench, tmp_path, monkeypatch):
-    bench.measured(tmp_path, "--entries", "eager", "--quick")
+    bench.measured(tmp_path, "--entries", "eager")
     (path,) = tmp_path.glob("*.json")
     before = path.read_text()
 
@@ -124,6 +125,36 @@ def test_a_run_that_is_stopped_in_its_first_case_leaves_an_older_file_alone(benc
     with pytest.raises(KeyboardInterrupt):
         bench.measured(tmp_path)
     assert path.read_text() == before
+
+
+def test_a_quick_run_leaves_a_full_ones_file_alone(bench, tmp_path):
+    bench.measured(tmp_path, "--entries", "eager", "--rounds", "1", case="dpo_loss")
+    (path,) = tmp_path.glob("*.json")
+    before = path.read_text()
+    arguments = ["--quick", "--no_plot", "--memory_budget", "0", "--entries", "eager", "--out", str(tmp_path)]
+    assert bench.run.main(["dpo_loss", "--device", "cpu", *arguments]) == 0
+    assert path.read_text() == before
+    (quick,) = set(tmp_path.glob("*.json")) - {path}
+    assert quick.name.startswith("dpo_loss_cpu_quick_")
+    assert {row["rounds"] for row in json.loads(quick.read_text())["rows"]} == {3}
+
+
+def test_new_files_of_ours_make_a_checkout_dirty_and_results_do_not(bench, tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "run.py").write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(bench.conditions, "ROOT", tmp_path)
+    (tmp_path / "bench" / "results" / "r.json").write_text("{}")
+    (tmp_path / "notes").write_text("")
+    assert re.fullmatch(r"[0-9a-f]{12}", bench.conditions._commit())
+    (tmp_path / "bench" / "new.py").write_text("")
+    assert bench.conditions._commit().endswith("+dirty")
 
 
 def test_nothing_runs_on_a_device_that_is_lost(bench, tmp_path, monkeypatch, capsys):

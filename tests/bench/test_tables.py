@@ -17,7 +17,13 @@ def cuda_file(folder: Path, case: str, **shape: object) -> Path:
     ]
     environment = {"device": "GPU X", "driver": "580", "cuda": "13.0", "torch": "2.13", "commit": "abc", "date": "D"}
     missing = [{"case": "trained", "entry": "liger", "reason": "out of memory"}]
-    record = {"rows": rows, "environment": {**environment, "command": "C"}, "missing": missing, "complete": True}
+    record = {
+        "case": case,
+        "rows": rows,
+        "environment": {**environment, "command": "C"},
+        "missing": missing,
+        "complete": True,
+    }
     path = folder / f"{case}_cuda_20990101.json"
     path.write_text(json.dumps(record))
     return path
@@ -89,8 +95,9 @@ def test_readme_renders_every_case_and_draws_their_figures(bench, tmp_path, monk
     assert tables.main() == 1
     assert "README and its results are in the checkout, not in the package" in capsys.readouterr().err
     readme.write_text(f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n")
-    for case in ("linear_logprob", "dpo_loss"):
-        bench.measured(results, "--rounds", "1", "--plot", "--entries", "fastdpo,eager", case=case)
+    peers = {"linear_logprob": "eager", "dpo_loss": "eager", "train_step": "trl"}
+    for case, peer in peers.items():
+        bench.measured(results, "--rounds", "1", "--plot", "--entries", f"fastdpo,{peer}", case=case)
     for path in results.glob("*.png"):
         path.unlink()
     assert tables.main() == 0
@@ -98,6 +105,7 @@ def test_readme_renders_every_case_and_draws_their_figures(bench, tmp_path, monk
     assert tables.rendered(text) == text
     assert "\n| N x H x V, dtype, mode | fastdpo" in text
     assert "\n| pairs, T x H x V, dtype, mode | fastdpo" in text
+    assert "\n| model, pairs of tokens, dtype, mode | fastdpo" in text
     for path in results.glob("*.json"):
         assert f"(bench/results/{path.stem}.png)" in text
         record = json.loads(path.read_text())

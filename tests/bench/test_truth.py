@@ -62,6 +62,17 @@ def test_every_entry_passes_the_oracle_and_a_wrong_one_does_not(bench, mode):
     assert not bench.truth.passes(error, by_eager)
 
 
+def test_an_entry_that_leaves_out_a_gradient_is_no_answer(bench):
+    def no_dw(hidden, weight, labels, softcap):
+        return bench.peers.eager(hidden, weight.detach(), labels)
+
+    comparison = bench.logprobs(40, 16, 700, torch.float32)
+    entry = replace(bench.peers.EAGER, run=no_dw)
+    assert set(comparison.step(entry, "frozen")) == {"logp", "dh"}
+    with pytest.raises(RuntimeError, match="it gives no dw"):
+        comparison.step(entry, "trained")
+
+
 def test_what_is_not_sampled_must_be_finite_all_the_same(bench):
     comparison = bench.logprobs(300, 8, 500, torch.float32)
     outputs = comparison.step(bench.peers.EAGER, "frozen")
