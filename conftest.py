@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What `-n auto` (pyproject.toml) means. `-m gpu`, `-m slow`, benchmarks and chosen files have the machine alone."""
+    """What `-n auto` (pyproject.toml) means. `-m gpu`, `-m slow`, benchmarks and chosen files run alone."""
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.markexpr != "not slow":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

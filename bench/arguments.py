@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-CASES = ("linear_logprob", "dpo_loss")
+CASES = ("linear_logprob", "dpo_loss", "train_step")
 OUT = "bench_results"
 THRESHOLD = 1.15
 # default of --memory_budget, MiB, by device and whether the run is a quick one
@@ -51,7 +51,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [CASE ...] [arguments]",
-        description="Measure log-probs and DPO losses against every installed peer: each is checked against float64\n"
+        description="Measure log-probs, DPO losses and training steps against every installed peer: each is checked\n"
         "first, then all are timed interleaved, with their peak memory and the largest N that fits a budget.",
         epilog="Exit code: 0 done, 1 an entry of ours failed or fell behind the baseline, 2 wrong arguments.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
@@ -59,9 +59,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"{' or '.join(CASES)} (default: all, or the baseline's)"
-    )
+    what.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all, or the baseline's)")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     what.add_argument("--quick", action="store_true", help="the smallest shapes, 3 rounds, and --plot")
     what.add_argument("--entries", metavar="NAMES", type=lambda text: text.split(","), help="only these, by commas")
@@ -75,9 +73,14 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         ),
     )
     what.add_argument("--real", metavar="FILE", nargs="?", const="", help="also activations stored by bench.real")
+    what.add_argument(
+        "--model", metavar="FOLDER", type=Path, help="train_step: also a model with its tokenizer, by LoRA"
+    )
 
     how = parser.add_argument_group("how long, and with what")
-    how.add_argument("--rounds", metavar="INT", type=_number(1, int), help="default: 8 on a CPU, up to 20 on a GPU")
+    how.add_argument(
+        "--rounds", metavar="INT", type=_number(1, int), help="default: 8 on a CPU, up to 20 on a GPU, 5 of train_step"
+    )
     how.add_argument(
         "--minutes", metavar="FLOAT", type=_number(0), help="of new work for a CASE (default: 8 on a GPU, no limit)"
     )

@@ -14,7 +14,7 @@ import torch
 
 from fastdpo.training.files import write_atomic
 
-from . import baseline, cases, conditions, dpo_peers, pairs, peers, plot, real, sentences
+from . import baseline, cases, conditions, dpo_peers, pairs, peers, plot, real, sentences, train_cases
 from .arguments import CASES, MEMORY_MIB, UsageError
 from .entries import Entry, Factory, found
 from .largest import free_mib
@@ -25,7 +25,8 @@ from .timing import Budget, Timer
 
 SUMMARY_TOKENS = 4096
 # endings of reasons that are no failure
-BENIGN = ("the default's own path", "no time left", "out of memory")
+BENIGN = ("the default's own path", "no time left", "out of memory", train_cases.NO_ROOM)
+TRAIN_ROUNDS = 5
 
 
 def run(given: argparse.Namespace, before: dict[str, Any] | None, command: str) -> int:
@@ -41,7 +42,7 @@ def run(given: argparse.Namespace, before: dict[str, Any] | None, command: str) 
     if given.threads:
         torch.set_num_threads(given.threads)
     settings = SETTINGS[device]
-    most = 3 if given.quick else given.rounds or settings.rounds.most
+    most = given.rounds or (3 if given.quick else settings.rounds.most)
     settings = replace(settings, rounds=replace(settings.rounds, most=most))
     if given.minutes is not None:
         settings = replace(settings, minutes=given.minutes)
@@ -77,11 +78,22 @@ def _entries(names: Sequence[str], device: str, wanted: Sequence[str] | None) ->
 
 
 def _factories(name: str) -> tuple[Factory, ...]:
+    if name == "train_step":
+        from . import train_peers  # transformers and peft, only where a trainer is measured
+
+        return train_peers.FACTORIES
     return peers.FACTORIES if name == "linear_logprob" else dpo_peers.FACTORIES
 
 
 def _planned(name: str, device: str, given: argparse.Namespace) -> list[Case]:
     """The cases of a benchmark, the most important first."""
+    if name == "train_step":
+        from .train_data import kind
+
+        try:
+            return list(train_cases.train_cases(device, given.quick, given.model, kind()))
+        except ValueError as reason:
+            raise UsageError(f"--model {reason}") from reason
     module = cases if name == "linear_logprob" else pairs
     budget = MEMORY_MIB[device, given.quick] if given.memory_budget is None else given.memory_budget
     free = free_mib() if device == "cpu" else None
@@ -122,7 +134,14 @@ def _benchmark(
     command: str,
 ) -> int:
     environment = conditions.environment(device, command, given.commit)
-    path = given.out / f"{name}_{device}_{time.strftime('%Y%m%d')}.json"
+    if name == "train_step":
+        from .train_data import TOLD, kind
+
+        environment["data"] = TOLD[kind()]
+        if not (given.rounds or given.quick):
+            settings = replace(settings, rounds=replace(settings.rounds, most=TRAIN_ROUNDS))
+    # a quick run does not take a full one's place
+    path = given.out / f"{name}_{device}{'_quick' if given.quick else ''}_{time.strftime('%Y%m%d')}.json"
     if before is not None:
         baseline.check(before, given.baseline, name, environment, [case.name for case in planned])
         if path.resolve() == given.baseline.resolve():
@@ -156,7 +175,8 @@ def _failed(report: Report) -> bool:
 def _print_end(report: Report, device: str, settings: Settings) -> None:
     found = summary(report)
     if device == "cpu" and found:
-        print(f"\n{report.case}: {settings.clock.removesuffix('_ms')} time and peak memory above the inputs\n{found}")
+        base = "what is there at rest" if report.case == "train_step" else "the inputs"
+        print(f"\n{report.case}: {settings.clock.removesuffix('_ms')} time and peak memory above {base}\n{found}")
     over = over_trl(report, SUMMARY_TOKENS)
     if device == "cuda" and over:
         print(f"\n{SUMMARY_TOKENS} tokens\n{over}")

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# what a number depends on, new files included
+MEASURED = ("fastdpo", "kernels", "bench", "pyproject.toml", ":!bench/results", ":!bench/README.md")
 PACKAGES = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "transformers", "nvidia-cutlass-dsl")
+PACKAGES += ("peft", "accelerate")
 
 
 def environment(device: str, command: str, commit: str | None = None) -> dict[str, object]:
@@ -58,7 +61,7 @@ def _commit() -> str:
     """Of the checkout that this file is in; an installed package has none, whatever repository lies around it."""
     if not (ROOT / ".git").exists():
         return ""
-    changed = "+dirty" if _output("git", "status", "--porcelain", "-uno") else ""
+    changed = "+dirty" if _output("git", "status", "--porcelain", "--", *MEASURED) else ""
     return _output("git", "rev-parse", "--short=12", "HEAD") + changed
 
 

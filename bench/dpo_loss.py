@@ -50,12 +50,9 @@ class DPOLosses(Comparison):
         with entry.applied(), torch.enable_grad():
             loss, rewards = entry.run(self.pairs, hidden, weight)
             loss.backward()
-        assert hidden.grad is not None
-        outputs = {
-            "rewards": torch.cat((rewards.detach().float(), loss.detach().float().view(1))),
-            "dh": hidden.grad.view(-1, hidden.shape[-1]),
-        }
-        return outputs if weight.grad is None else {**outputs, "dw": weight.grad}
+        grads = self.gradients(dh=hidden, dw=weight)
+        rewards = torch.cat((rewards.detach().float(), loss.detach().float().view(1)))
+        return {"rewards": rewards, **grads, "dh": grads["dh"].view(-1, hidden.shape[-1])}
 
     def make_truth(self) -> Truth:
         b, labels, flat = len(self.pairs.labels) // 2, self.pairs.targets, self.pairs.hidden.flatten(0, 1)

@@ -54,8 +54,7 @@ class Logprobs(Comparison):
             logp = entry.run(hidden, weight, self.labels, self.softcap)
             if mode != "forward":
                 logp.backward(self.upstream)
-        grads = {"dh": hidden.grad, "dw": weight.grad}
-        return {"logp": logp.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
+        return {"logp": logp.detach(), **self.gradients(dh=hidden, dw=weight)}
 
     def make_truth(self) -> Truth:
         p = Distribution.of(self.hidden, self.weight, self.softcap)

@@ -43,8 +43,17 @@ class Row:
             return None
         return self.work.bound_ms(self.ceilings.get("gemm_tflops"), self.ceilings.get("copy_gbs"))
 
+    def timings(self) -> dict[str, float]:
+        return {
+            "best_ms": min(self.times),
+            "median_ms": self.median_ms,
+            "p20_ms": quantile(self.times, 0.2),
+            "p80_ms": quantile(self.times, 0.8),
+            "rounds": len(self.times),
+        }
+
     def summary(self) -> dict[str, Any]:
-        best, median = min(self.times), self.median_ms
+        median = self.median_ms
         flops = self.work.flops if self.work else 0.0
         gemm, copy, bound = self.ceilings.get("gemm_tflops"), self.ceilings.get("copy_gbs"), self.bound_ms
         gbs = self.moved / median / 1e6 if self.moved else None
@@ -58,11 +67,7 @@ class Row:
             "peak_mib": self.peak_mib,
             "tflop": flops / 1e12,
             "predicted_peak_mib": self.predicted_peak_mib,
-            "best_ms": best,
-            "median_ms": median,
-            "p20_ms": quantile(self.times, 0.2),
-            "p80_ms": quantile(self.times, 0.8),
-            "rounds": len(self.times),
+            **self.timings(),
             "tflops": flops / median / 1e9 if flops else None,
             "path": self.work.path if self.work else "",
             "flop": flops,

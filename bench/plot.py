@@ -12,7 +12,7 @@ from typing import Any
 
 from fastdpo.training.files import write_atomic
 
-from . import sentences
+from . import sentences, train_plot
 
 MODES = {"frozen": "head frozen (LoRA)", "trained": "head trained"}
 AXES = {"tokens": "scored tokens N", "v": "vocabulary V"}
@@ -58,6 +58,8 @@ def series(rows: Sequence[Row], mode: str, axis: str) -> Series | None:
 
 
 def can_draw(record: dict[str, Any]) -> bool:
+    if record["case"] == "train_step":
+        return bool(record["rows"])
     return any(series(record["rows"], mode, axis) for mode in MODES for axis in AXES)
 
 
@@ -66,12 +68,31 @@ def digest(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any]) -> bytes:
-    """The PNG: a row of panels for time and one for memory in each mode, a column for each size that varies.
+    """The PNG.
+
+    Raises:
+        ValueError: the record has nothing to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if record["case"] == "train_step":
+        names = dict.fromkeys(row["entry"] for row in record["rows"])
+        figure = train_plot.figure(record, dict(zip(names, COLOURS, strict=False)))
+    else:
+        figure = _lines(record)
+    FigureCanvasAgg(figure)
+    figure.supxlabel("\n".join(textwrap.wrap(_caption(record), 150)), fontsize=8, ha="left", x=0.01)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={DIGEST: digest(record)})
+    return buffer.getvalue()
+
+
+def _lines(record: dict[str, Any]) -> Any:
+    """A row of panels for time and one for memory in each mode, a column for each size that varies.
 
     Raises:
         ValueError: the record has no two points to draw a line through.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = record["rows"]
@@ -82,7 +103,6 @@ def draw(record: dict[str, Any]) -> bytes:
     drawn = {row["entry"]: row["version"] for found in shown for row in found.rows}
     style = {entry: index for index, entry in enumerate(drawn)}
     figure = Figure(figsize=(10, 1.6 + 5.6 * len(modes)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2 * len(modes), len(AXES), squeeze=False)
     for m, mode in enumerate(modes):
         for a, axis in enumerate(AXES):
@@ -100,10 +120,7 @@ def draw(record: dict[str, Any]) -> bytes:
         ncols=min(3, len(labels)),
         frameon=False,
     )
-    figure.supxlabel("\n".join(textwrap.wrap(_caption(record), 150)), fontsize=8, ha="left", x=0.01)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={DIGEST: digest(record)})
-    return buffer.getvalue()
+    return figure
 
 
 def _panel(panel: Any, found: Series | None, kind: str, mode: str, axis: str, style: dict[str, int]) -> None:
@@ -144,7 +161,10 @@ def _caption(record: dict[str, Any]) -> str:
     memory = sorted({m["entry"] for m in record.get("missing", ()) if m["reason"] == "out of memory" and m["entry"]})
     lost = f" Lines that end early ran out of memory: {', '.join(memory)}." if memory else ""
     conditions = sentences.conditions(record["environment"])
-    told = f"Medians; the band is the 20th to the 80th percentile. {conditions}.{lost} {sentences.on_a_cpu(record)}"
+    what = "Medians; the band is the 20th to the 80th percentile."
+    if record["case"] == "train_step":
+        what = "Of the best round." if record["clock"] == "best_ms" else "Of the median round."
+    told = f"{what} {conditions}.{lost} {sentences.on_a_cpu(record)}"
     return told.rstrip()
 
 

@@ -1,8 +1,9 @@
-"""Measures log-probs and DPO losses against their peers, in one command (`fastdpo bench` is the same):
+"""Measures log-probs, DPO losses and training steps against their peers, in one command (`fastdpo bench` is the same):
 
     python -m bench.run --quick --device cpu
     python -m bench.run linear_logprob --device cuda --plot --out DIR
     python -m bench.run linear_logprob --baseline DIR/linear_logprob_cuda_20260101.json
+    python -m bench.run train_step --device cuda --minutes 25 --plot --out DIR
     python -m bench.run linear_logprob --device cuda --tune
 
 Each entry is checked against fp64 first and left out of the timing if it fails; then all entries run interleaved, one
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench.run") -> in
         return 0
     try:
         given = parse(argv, prog)
+        if given.out.exists() and not given.out.is_dir():
+            raise UsageError(f"--out {given.out} is a file; give a folder for JSON and PNG")
         before = None if given.baseline is None else baseline.load(given.baseline)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr of each start
         from .benchmark import run  # torch, once the arguments are known to be good

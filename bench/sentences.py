@@ -20,7 +20,7 @@ def conditions(environment: dict[str, Any], versions: str = "") -> str:
     if "driver" in environment:
         device = f"{environment['device']}, driver {environment['driver']}, CUDA {environment['cuda']}"
     versions = versions or ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
-    parts = [device, f"torch {environment['torch']}", versions]
+    parts = [device, f"torch {environment['torch']}", versions, environment.get("data", "")]
     parts += [f"commit {environment['commit']}" if environment["commit"] else "no checkout", environment["date"]]
     if "driver" not in environment and "load_average_at_end" in environment:
         load = (environment[f"load_average_at_{when}"] for when in ("start", "end"))

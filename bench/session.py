@@ -16,8 +16,11 @@ from .measure import Missing, measure_case
 from .report import Report
 from .terminal import growth_table, table
 from .timing import Budget, Rounds, Timer
+from .train_cases import TrainCase
+from .train_tables import terminal_table
 
-Case = cases.Case | pairs.PairCase | cases.Growth
+InputCase = cases.Case | pairs.PairCase | cases.Growth
+Case = InputCase | TrainCase
 GROWN_FROM = 4096  # tokens that a growing input repeats, or
 PAIRS_FROM = 4
 
@@ -40,7 +43,7 @@ SETTINGS = {
 class Group:
     """Inputs, and the rates reached on them, of the cases that differ in their mode only."""
 
-    def __init__(self, case: Case, timer: Timer, activations: Path | None, copy: float | None) -> None:
+    def __init__(self, case: InputCase, timer: Timer, activations: Path | None, copy: float | None) -> None:
         self.key = group_key(case)
         self.comparison, self.failure = attempt(lambda: comparison_of(case, timer.device, activations))
         self.ceilings: Mapping[str, float | None] = {}
@@ -48,11 +51,11 @@ class Group:
             self.ceilings = {"copy_gbs": copy, **gemm_tflops(*self.comparison.operands, timer)}
 
 
-def group_key(case: Case) -> Case:
+def group_key(case: InputCase) -> InputCase:
     return replace(case, mode="")
 
 
-def comparison_of(case: Case, device: str, activations: Path | None) -> Comparison:
+def comparison_of(case: InputCase, device: str, activations: Path | None) -> Comparison:
     """The inputs of a case, on a device; `activations`: the file of real ones."""
     if isinstance(case, cases.Growth):
         if case.length is None:
@@ -84,19 +87,25 @@ def run_cases(
         if budget.over:
             report.add(case, [], [Missing(case.name, "", "no time left")])
             continue
-        if group is None or group.key != group_key(case):
-            group = None  # its inputs are freed before the next are made
-            group = Group(case, timer, activations, copy)
         rows, fits, missing, text = [], [], [], ""
-        if group.comparison is None:
-            missing = [Missing(case.name, "", f"no inputs: {group.failure}")]
-        elif isinstance(case, cases.Growth):
-            fits, missing = measure_growth(case, group.comparison, entries, timer, budget)
-            text = growth_table(case, fits, missing)
+        if isinstance(case, TrainCase):
+            from .train_step import measure_training  # transformers, only where a trainer is measured
+
+            rows, missing = measure_training(case, entries, settings.rounds, timer, budget)
+            text = terminal_table(case, rows, missing, settings.clock)
         else:
-            rows, missing = measure_case(
-                case, group.comparison, entries, settings.rounds, timer, budget, group.ceilings
-            )
+            if group is None or group.key != group_key(case):
+                group = None  # its inputs are freed before the next are made
+                group = Group(case, timer, activations, copy)
+            if group.comparison is None:
+                missing = [Missing(case.name, "", f"no inputs: {group.failure}")]
+            elif isinstance(case, cases.Growth):
+                fits, missing = measure_growth(case, group.comparison, entries, timer, budget)
+                text = growth_table(case, fits, missing)
+            else:
+                rows, missing = measure_case(
+                    case, group.comparison, entries, settings.rounds, timer, budget, group.ceilings
+                )
         print(text or table(case, rows, missing, settings.clock), flush=True)
         report.add(case, rows, missing, fits)
         lost = device_lost(timer.device) if missing else None

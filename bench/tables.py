@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdpo.training.files import write_atomic
 
-from . import plot, sentences
+from . import plot, sentences, train_tables
 from .arguments import CASES
 
 FOLDER = Path(__file__).resolve().parent
@@ -21,13 +21,15 @@ Record = dict[str, Any]
 
 
 def newest(device: str, case: str = "linear_logprob") -> Path | None:
-    found = sorted(RESULTS.glob(f"{case}_{device}_*.json"))
+    found = sorted(RESULTS.glob(f"{case}_{device}_[0-9]*.json"))
     return found[-1] if found else None
 
 
 def table(path: Path) -> str:
     """Markdown: one line per case, one column per entry, and the conditions; then the largest N, and the figure."""
     record = json.loads(path.read_text())
+    if record["case"] == "train_step":
+        return _training(path, record)
     rows = [row for row in record["rows"] if not row.get("sweep")]
     entries = list(dict.fromkeys(row["entry"] for row in rows))
     absent = _absent(record)
@@ -45,6 +47,8 @@ def table(path: Path) -> str:
 def cuda_table(path: Path) -> str:
     """Markdown: one line per head and mode (bf16, N = 4096 where N varies), one column per entry, the conditions."""
     record = json.loads(path.read_text())
+    if record["case"] == "train_step":
+        return _training(path, record)
     rows = [row for row in record["rows"] if row["dtype"] == "bf16" and row.get("n", CUDA_TOKENS) == CUDA_TOKENS]
     rows = [row for row in rows if not row.get("sweep")]
     entries = list(dict.fromkeys(row["entry"] for row in rows))
@@ -59,6 +63,18 @@ def cuda_table(path: Path) -> str:
     conditions = sentences.conditions(record["environment"], _versions(rows))
     lines += ["", f"{_size(rows)}, bf16, medians; {conditions}.{shown}"]
     return "\n".join([*lines, *_largest(record), *_figure(path, record)])
+
+
+def _training(path: Path, record: Record) -> str:
+    """Markdown: whole trainers' steps, and the conditions; then the figure."""
+    all_there = record["complete"] and not _absent(record)
+    shown = "" if all_there else f" Not everything was measured: {path.name} says what."
+    clock = "best" if record["clock"] == "best_ms" else "median"
+    told = sentences.on_a_cpu(record)
+    conditions = sentences.conditions(record["environment"], _versions(record["rows"]))
+    what = f"Pairs per second of the {clock} round; MiB of a step's peak + what is there at rest"
+    lines = ["", f"{what}. {conditions}.{shown}"]
+    return "\n".join([*train_tables.markdown(record), *lines, *([told] if told else []), *_figure(path, record)])
 
 
 def _head(first: str, others: Any) -> list[str]:
@@ -102,7 +118,8 @@ def _figure(path: Path, record: Record) -> list[str]:
     """The link to the figure beside the result, where it has points to draw."""
     if not plot.can_draw(record):
         return []
-    return ["", f"![{record['case']}: time and peak memory against N and V](bench/results/{path.stem}.png)"]
+    what = "pairs per second and memory" if record["case"] == "train_step" else "time and peak memory against N and V"
+    return ["", f"![{record['case']}: {what}](bench/results/{path.stem}.png)"]
 
 
 def _cell(row: dict[str, Any] | None, own: dict[str, Any] | None, clock: str, digits: int) -> str:

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,19 +80,24 @@ class Rounds:
 
 
 def interleaved(
-    runs: Mapping[str, Run], rounds: Rounds, timer: Timer, over: Callable[[], bool] = lambda: False
+    runs: Mapping[str, Run],
+    rounds: Rounds,
+    timer: Timer,
+    over: Callable[[], bool] = lambda: False,
+    warm_up: bool = True,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of each run, one of each per round, after a warm-up that also says how many rounds each gets;
-    runs with fewer are spread over all rounds. And why a run failed, by name; its times are dropped.
+    runs with fewer are spread over all rounds. And why a run failed, by name; its times are dropped. `warm_up` False:
+    all are warm already, and get `most` rounds.
 
     Once `over` says so no round is begun.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
-    share: dict[str, int] = {}
+    share = {} if warm_up else dict.fromkeys(runs, rounds.most)
     if timer.device == "cuda":
         gc.collect()
-    for index in range(-1, rounds.most):
+    for index in range(-1 if warm_up else 0, rounds.most):
         if over():
             break
         for name, run in runs.items():
@@ -112,20 +118,39 @@ def interleaved(
     return times, failed
 
 
+class Peak:
+    """Peak bytes of torch's allocator above those at the start, of what one thread runs while this is entered."""
+
+    def __init__(self, device: str) -> None:
+        self.mib = 0.0
+        self._cuda = device == "cuda"
+
+    def __enter__(self) -> "Peak":
+        if self._cuda:
+            torch.cuda.synchronize()
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._recorded.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+            self.mib = (torch.cuda.max_memory_allocated() - self._before) / MIB
+            return
+        self._recorded.__exit__(*reason)
+        now = peak = 0
+        for event in self._recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+            if event.name() == "[memory]":
+                now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+                peak = max(peak, now)
+        self.mib = peak / MIB
+
+
 def peak_mib(run: Run, device: str) -> float:
-    """Peak bytes of torch's allocator above the start of the run."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    """Peak of a run, MiB (see `Peak`)."""
+    with Peak(device) as peak:
         run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    now = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
-        if event.name() == "[memory]":
-            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-            peak = max(peak, now)
-    return peak / MIB
+    return peak.mib

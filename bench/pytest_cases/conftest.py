@@ -11,7 +11,7 @@ from fastdpo.bench.bounds import Work
 from fastdpo.bench.comparison import Comparison
 from fastdpo.bench.entries import Entry, Factory, LeftOut
 from fastdpo.bench.faults import out_of_memory
-from fastdpo.bench.session import Case, comparison_of, group_key
+from fastdpo.bench.session import InputCase, comparison_of, group_key
 from fastdpo.bench.timing import Timer, peak_mib
 from fastdpo.bench.truth import passes
 
@@ -20,10 +20,10 @@ ROUNDS = 3
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[[Case, Factory], None]:
+def measure(benchmark: Any) -> Callable[[InputCase, Factory], None]:
     """Checks an entry on a case against fp64, then times it. Skips what is not installed or does not fit."""
 
-    def run(case: Case, factory: Factory) -> None:
+    def run(case: InputCase, factory: Factory) -> None:
         entry = _made(factory)
         comparison = _comparison(group_key(case))
         obstacle = entry.obstacle(case.dtype, comparison.softcap)
@@ -61,5 +61,5 @@ def _made(factory: Factory) -> Entry:
 
 
 @lru_cache(maxsize=1)  # cases that differ in their mode follow each other
-def _comparison(key: Case) -> Comparison:
+def _comparison(key: InputCase) -> Comparison:
     return comparison_of(key, DEVICE, None)

@@ -8,7 +8,7 @@ import torch
 from fastdpo.bench.dpo_peers import FACTORIES
 from fastdpo.bench.entries import Factory
 from fastdpo.bench.pairs import pair_cases
-from fastdpo.bench.session import Case
+from fastdpo.bench.session import InputCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = pair_cases(DEVICE, quick=True)
@@ -17,5 +17,5 @@ ENTRIES = [factory for factory in FACTORIES if DEVICE in factory.devices]
 
 @pytest.mark.parametrize("factory", ENTRIES, ids=lambda factory: factory.name.replace(" ", "-"))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_dpo_loss(case: Case, factory: Factory, measure: Callable[[Case, Factory], None]):
+def test_dpo_loss(case: InputCase, factory: Factory, measure: Callable[[InputCase, Factory], None]):
     measure(case, factory)

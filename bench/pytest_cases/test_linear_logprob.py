@@ -8,7 +8,7 @@ import torch
 from fastdpo.bench.cases import cases
 from fastdpo.bench.entries import Factory
 from fastdpo.bench.peers import FACTORIES
-from fastdpo.bench.session import Case
+from fastdpo.bench.session import InputCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = cases(DEVICE, quick=True)
@@ -17,5 +17,5 @@ ENTRIES = [factory for factory in FACTORIES if DEVICE in factory.devices]
 
 @pytest.mark.parametrize("factory", ENTRIES, ids=lambda factory: factory.name.replace(" ", "-"))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_linear_logprob(case: Case, factory: Factory, measure: Callable[[Case, Factory], None]):
+def test_linear_logprob(case: InputCase, factory: Factory, measure: Callable[[InputCase, Factory], None]):
     measure(case, factory)
