@@ -12,10 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_pytest(*arguments: str) -> str:
+    # told of a worker's environment, pytest-benchmark would not measure
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--benchmark-only", *arguments],
         cwd=ROOT,
-        env=os.environ,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
