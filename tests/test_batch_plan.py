@@ -184,6 +184,15 @@ def test_a_checkpoint_of_other_batches_is_refused(tmp_path: Path) -> None:
             make(tmp_path, **{**options, "max_steps": 6, **other}).train(resume_from_checkpoint=True)
 
 
+def test_grouping_by_its_older_name(tmp_path: Path) -> None:
+    run = make(tmp_path, max_tokens_per_batch=60)
+    run.args.group_by_length = True  # pyright: ignore[reportAttributeAccessIssue] a field of transformers 5.0
+    plan = run._batch_plan()
+    assert plan is not None
+    assert plan.order(0) == by_length(plan.tokens, run.args.seed, 4)(0)
+    assert plan.order(0) != shuffled(14, run.args.seed)(0)
+
+
 def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
     stream = make(tmp_path, train=pairs().to_iterable_dataset(), max_steps=2, max_tokens_per_batch=60)
     with pytest.raises(ValueError, match="needs a whole train_dataset"):

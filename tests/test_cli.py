@@ -606,5 +606,8 @@ def test_which_split_is_evaluated(tmp_path: Path, write: Callable[..., str], cap
     assert rows(write("pairs.jsonl", PAIR)) == 1
     assert rows(str(tmp_path / "one")) == 3
     assert "has no split 'test', its split 'train' is used" in capsys.readouterr().err
+    # LLaMA-Factory's example evaluates on what it trains on
+    assert rows(str(tmp_path / "one"), train_name=str(tmp_path / "one")) == 3
+    assert "its split 'train' is used: the pairs that are trained on" in capsys.readouterr().err
     with pytest.raises(ValueError, match="only the split train"):
-        rows(str(tmp_path / "one"), train_name=str(tmp_path / "one"))
+        rows(str(tmp_path / "one"), split="dev")

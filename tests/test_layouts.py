@@ -256,8 +256,8 @@ def test_the_probe_alone_would_see_a_window() -> None:
     [
         (
             lambda: make("mixtral", torch.float32),
-            {"router_loss": True},
-            "auxiliary loss counts the tokens of padded rows",
+            {"needs_padding": "the router counts"},
+            "padded, since the router counts",
         ),
         (lambda: _recurrent(), {}, "linear_attention layers, which carry a state"),
         (lambda: _alibi(), {}, "takes no position_ids"),
@@ -283,7 +283,7 @@ def _alibi() -> Any:
 def test_flash_attention_packs_at_most() -> None:
     model = make("llama", torch.float32)
     model.config._attn_implementation_internal = "flash_attention_2"
-    limit = config_limit(model, 20, router_loss=False)
+    limit = config_limit(model, 20)
     assert (limit.widest, limit.reason) == ("packed", "flash_attention_2 takes no mask of another form")
 
 

@@ -99,8 +99,18 @@ def test_the_yaml_that_llama_factory_users_have(train: Callable[..., Any], tmp_p
     # ipo at the start, where the policy is the reference: (1 / (2 beta))^2; sigmoid would be ln 2
     assert first["loss"] == pytest.approx(6.25, abs=1e-3)
     assert any("eval_loss" in row for row in history)
+    # what was taken is said beside what was read
+    assert (summary["data"]["max_samples"], summary["data"]["test_split_size"]) == (12, 0.25)
     assert "its defaults hold for lora_dropout 0.0." in err
+    assert "FutureWarning" not in err
     assert "reference: the base model of the policy, its adapter switched off" in err
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_its_example_evaluates_on_the_pairs_that_it_trains_on(train: Callable[..., Any]):
+    summary, err = train("finetuning_type: full\neval_dataset: dpo_en_demo\neval_strategy: steps\neval_steps: 2")
+    assert summary["data"]["pairs_read"] == {"train": 12, "eval": 12}
+    assert "dpo_en_demo has no split 'test', its split 'train' is used: the pairs that are trained on" in err
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -162,7 +172,11 @@ def test_an_adapter_goes_on(train: Callable[..., Any], tmp_path: Path, adapter_d
 
 @pytest.mark.usefixtures("no_curves")
 def test_an_adapter_is_merged_and_a_fresh_one_trained(
-    train: Callable[..., Any], tmp_path: Path, model_dir: str, adapter_dir: Callable[[str], str]
+    train: Callable[..., Any],
+    tmp_path: Path,
+    model_dir: str,
+    adapter_dir: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
 ):
     sft = adapter_dir("sft")
     # a learning rate of 0 leaves the fresh adapter adding nothing: log-probs are those of the merged model
@@ -175,6 +189,13 @@ def test_an_adapter_is_merged_and_a_fresh_one_trained(
     assert summary["model"]["name_or_path"] == f"{model_dir} with {sft} merged"
     assert f"{sft}: merged into {model_dir} for this run; the model that the new adapter belongs to is what" in err
     assert summary["reference"]["description"] == "the base model of the policy, its adapter switched off"
+    assert f"An adapter for `{model_dir} with {sft} merged`" in (tmp_path / "out/README.md").read_text()
+    for command in (["merge", "--out", str(tmp_path / "whole")], ["compare", "--prompts", str(tmp_path / "dpo.yaml")]):
+        assert main([command[0], str(tmp_path / "out"), *command[1:]]) == 2
+        assert capsys.readouterr().err.endswith(
+            f"the adapter {tmp_path / 'out'} was trained over {model_dir} with {sft} merged: write that model with "
+            f"`fastdpo merge {sft} --out FOLDER`, and give FOLDER as --base\n"
+        )
     history = json.loads((tmp_path / "out/dpo_metrics/log_history.json").read_text())
     merged = next(row for row in history if "loss" in row)["logps/chosen"]
     train(f"adapter_name_or_path: {sft}", "learning_rate=0")

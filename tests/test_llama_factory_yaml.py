@@ -206,6 +206,18 @@ def test_the_command_line_goes_before_the_file_under_either_name(values: Callabl
     }
 
 
+def test_a_file_in_place_of_a_name_needs_no_dataset_info(
+    values: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    for arguments in (["dataset=pairs.jsonl"], ["-d", "pairs.jsonl, pairs.jsonl"]):
+        assert "dataset_dir" not in values("dataset: x", *arguments)
+    assert values("dataset: x", "dataset=pairs.jsonl,y")["dataset_dir"] == "data"
+    assert values("dataset: pairs.jsonl\neval_dataset: z")["dataset_dir"] == "data"
+    assert values("dataset: x\ndataset_dir: d", "dataset=pairs.jsonl")["dataset_dir"] == "d"
+
+
 def test_one_log_line_says_the_defaults_and_one_what_has_no_effect(
     values: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
 ):

@@ -206,7 +206,8 @@ def command_data(tmp_path: Path, *arguments: str) -> tuple[Dataset, Dataset | No
 
     request = parse(["-m", "model", *arguments])
     option = {**DEFAULTS, **request.values}
-    args = DPOConfig(output_dir=str(tmp_path), eval_strategy=option["eval_strategy"], seed=option["seed"], use_cpu=True)
+    own = {name: option[name] for name in ("eval_strategy", "do_eval", "seed")}
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, **own)
     return load_data(option, args)
 
 
@@ -219,6 +220,9 @@ def test_the_command_s_data(folder, tmp_path, capsys):
     train, test = command_data(tmp_path, "-d", "a.jsonl", "--test_split_size", "2")
     assert (len(train), test) == (8, None)
     assert "eval: the 2 pairs split off by test_split_size are not used" in capsys.readouterr().err
+    _, test = command_data(tmp_path, "-d", "a.jsonl", "--test_split_size", "2", "--do_eval")
+    assert test is not None
+    assert len(test) == 2
     train, test = command_data(
         tmp_path, "-d", "a.jsonl", "--eval_dataset_name", "b.jsonl,b.jsonl", "--max_samples", "3"
     )
@@ -257,7 +261,7 @@ def test_the_command_refuses(folder, tmp_path, arguments, said):
 
 
 def test_names_for_reports():
-    items = [{"path": "json", "data_files": "a.jsonl"}, {"path": "hub/name"}]
+    items = [{"path": "json", "data_files": ["a.jsonl"]}, {"path": "hub/name"}]
     assert dataset_names({"datasets": items, "dataset_name": None}) == ["a.jsonl", "hub/name"]
     assert dataset_names({"datasets": None, "dataset_name": "a, b"}) == ["a", "b"]
 

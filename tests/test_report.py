@@ -4,13 +4,17 @@ import csv
 import io
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from fastdpo.losses import LossOptions
 from fastdpo.training import files
+from fastdpo.training import report as report_module
+from fastdpo.training.config import DPOConfig
 from fastdpo.training.report import MetricsReport, curves_png, metric_rows, metrics_csv, plain_json, summarize
 
 
@@ -106,6 +110,36 @@ def test_the_files_follow_a_run_and_only_the_first_process_writes(args: Training
     names = ["log_history.json", "summary.json", "training_curves.png", "training_metrics.csv"]
     assert sorted(path.name for path in metrics.iterdir()) == names
     assert sorted(json.loads((metrics / "summary.json").read_text())["files"]) == names
+
+
+def test_the_picture_is_drawn_once_where_nothing_changes_and_seldom_while_it_runs(
+    args: TrainingArguments, metrics: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[int] = []
+    monkeypatch.setattr(report_module, "curves_png", lambda log: drawn.append(len(metric_rows(log))) or b"png")
+    control, report = TrainerControl(), MetricsReport()
+    state = TrainerState(log_history=[record(1, 0.7)])
+    report.on_save(args, state, control)
+    state.log_history.append(record(2, 0.6))
+    report.on_evaluate(args, state, control)
+    assert drawn == [1], "a running picture is seconds old at most"
+    state.log_history.append({"train_runtime": 1.0, "step": 2})
+    report.on_train_end(args, state, control)
+    report.write(args, state)
+    assert drawn == [1, 2]
+    assert (metrics / "training_curves.png").read_bytes() == b"png"
+    state.log_history.append({"eval_loss": 0.5, "step": 2})
+    report.write(args, state)
+    assert drawn == [1, 2, 2], "an evaluation after training is in it"
+
+
+def test_settings_tell_apart_runs_with_other_losses_or_data_rules():
+    options = {"simpo_gamma": 1.0, "pref_ftx": 0.1, "aggregate": "mean", "on_overlong": "drop", "scored_turns": "all"}
+    args = DPOConfig(output_dir="unused", use_cpu=True, loss_type="simpo", max_prompt_length=64, **options)
+    settings = summarize(TrainerState(), args, {})["settings"]
+    assert {name: settings[name] for name in options} == options
+    assert settings["max_prompt_length"] == 64
+    assert {option.name for option in fields(LossOptions)} <= settings.keys()
 
 
 def test_summary_names_first_last_and_best(args: TrainingArguments):

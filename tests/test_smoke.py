@@ -259,6 +259,18 @@ def test_model_as_a_path(tmp_path: Path) -> None:
     assert [line["loss"] for line in logs(by_path)] == [line["loss"] for line in logs(by_model)]
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_model_with_a_device_map(tmp_path: Path, peft: bool) -> None:
+    model().save_pretrained(tmp_path / "model")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
+    mapped = make(tmp_path, policy, peft_config=lora() if peft else None)
+    plain = make(tmp_path, peft_config=lora() if peft else None)
+    for trainer in (mapped, plain):
+        trainer.train()
+    assert [line["loss"] for line in logs(mapped)] == [line["loss"] for line in logs(plain)]
+    assert logs(mapped)[-1]["loss"] != logs(mapped)[0]["loss"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_resized_and_tied_embeddings(tmp_path: Path, tied: bool) -> None:
     policy = model(tie_word_embeddings=tied)

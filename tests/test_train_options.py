@@ -103,6 +103,7 @@ def train(
         (["--torch_dtype", "bfloat16", "--dtype", "float16"], {"dtype": "float16"}),
         (["--per_gpu_train_batch_size", "3"], {"per_device_train_batch_size": 3}),
         (["--max_target_length", "64"], {"max_completion_length": 64}),
+        (["--streaming", "false"], {"dataset_streaming": False}),
         (["--overwrite_output_dir", "--use_peft"], {"use_peft": True}),
         (["--is_encoder_decoder", "none"], {}),
     ],
@@ -118,7 +119,7 @@ def test_old_names_are_flags_and_keys(
     words = [word.removeprefix("--").replace("-", "_") for word in " ".join(argv).replace("=", " ").split()]
     pairs = []
     for word in words:
-        if word in OLD_NAMES or word in ("torch_dtype", "dtype", "warmup_steps", "use_peft"):
+        if word in OLD_NAMES or word in ("torch_dtype", "dtype", "streaming", "warmup_steps", "use_peft"):
             pairs.append([word, "true"])
         else:
             pairs[-1][1] = word

@@ -31,6 +31,11 @@ def check_request(request: Request) -> None:
         )
     _check_adapters(request)
     _check_quantization(request)
+    if values.get("deepspeed") and find_spec("deepspeed") is None:
+        where = request.sources["deepspeed"]
+        raise UsageError(
+            f"{where} needs the package deepspeed, which is not installed: pip install it, or leave it out"
+        )
     check_model_folder(values["model_name_or_path"])
     if values.get("ref_model") is not None:
         check_model_folder(values["ref_model"], "reference")

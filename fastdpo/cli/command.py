@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -174,7 +175,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """The package's own log lines, bare, on stderr."""
+    """The package's own log lines, bare, on stderr; without a warning of PEFT that every run would give."""
     logger = logging.getLogger("fastdpo")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -184,7 +185,9 @@ def log_to_stderr() -> Iterator[None]:
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     logger.propagate = False
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

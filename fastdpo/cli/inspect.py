@@ -93,6 +93,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
     from fastdpo.cli.show import example_pair, no_bars_without_terminal
     from fastdpo.data.collate import DataCollatorForPreference
+    from fastdpo.data.errors import first_line
     from fastdpo.data.inspection import histogram_png, inspect_pairs
     from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of
 
@@ -102,7 +103,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
-        raise UsageError(f"{given.model} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{given.model} has no tokenizer that can be read: {first_line(error)}") from error
     names = names_of(given.data, given.dataset_dir)
     specs = [DatasetSpec(name, name=given.dataset_config, split=given.split) for name in names]
     options = {"skip_bad_rows": given.skip_bad_rows, "max_samples": given.max_samples}

@@ -8,6 +8,7 @@ reference.
 import logging
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.arguments import Field
@@ -240,7 +241,10 @@ def _settle_data(given: dict[str, Entry], found: dict[str, Entry]) -> None:
     size, other = found.get("test_split_size"), found.get("eval_dataset_name")
     if size and other:
         raise UsageError(f"{size.where} and {other.given_as or other.name} both name pairs to evaluate on: give one")
-    if "dataset" in given and "dataset_dir" not in given:
+    named = [str(found[name].value) for name in ("dataset_name", "eval_dataset_name") if name in found]
+    # a file that is given in place of a name needs no dataset_info.json
+    files = all(Path(name.strip()).exists() for names in named for name in names.split(","))
+    if "dataset" in given and "dataset_dir" not in given and not files:
         found["dataset_dir"] = Entry("dataset_dir", "data", given["dataset"].place)
     swanlab = given.get("use_swanlab")
     if swanlab and _typed(swanlab, "bool"):

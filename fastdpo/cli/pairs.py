@@ -17,9 +17,11 @@ TEST_SPLIT = next(field.default for field in FIELDS if field.name == "dataset_te
 
 def dataset_names(option: dict[str, Any]) -> list[str]:
     """What the training data is called in reports."""
+    from fastdpo.data.mixtures import names_of, parse_mixture
+
     if option.get("datasets"):
-        return [str(item.get("data_files") or item.get("path")) for item in option["datasets"]]
-    return [name.strip() for name in str(option["dataset_name"]).split(",")]
+        return [spec.label for spec in parse_mixture(option["datasets"])]
+    return names_of(option["dataset_name"], option.get("dataset_dir"))
 
 
 def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Dataset | None]":
@@ -49,9 +51,13 @@ def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Data
     train = load_mixture(_train_specs(option), data_scale_rate=option["data_scale_rate"], **common)
     if size is not None:
         train, test = split_off(train, size, seed)
-        if args.eval_strategy == "no":
-            say(f"eval: the {len(test)} pairs split off by test_split_size are not used, since eval_strategy is 'no'")
-        return train, test if args.eval_strategy != "no" else None
+        used = args.eval_strategy != "no" or args.do_eval
+        if not used:
+            say(
+                f"eval: the {len(test)} pairs split off by test_split_size are not used, since eval_strategy is 'no' "
+                "(--do_eval scores them at the end)"
+            )
+        return train, test if used else None
     if eval_name is not None:
         return train, load_eval_dataset(option, common)
     if args.eval_strategy == "no":
@@ -101,13 +107,16 @@ def _load_eval_part(spec: Any, option: dict[str, Any], common: dict[str, Any]) -
     from fastdpo.data.mixtures import load_mixture
 
     train = replace(spec, split="train")
+    again = ": the pairs that are trained on" if spec.path in dataset_names(option) else ""
     if Path(spec.path).is_file() and spec.split == TEST_SPLIT:
+        if again:
+            say(f"eval: {spec.path} is all of a file{again}")
         return load_mixture([train], **common)  # a file's only split
     try:
         return load_mixture([spec], **common)
     except DataError:
-        if spec.split != TEST_SPLIT or spec.path == option["dataset_name"]:
+        if spec.split != TEST_SPLIT:
             raise
         dataset = load_mixture([train], **common)
-        say(f"eval: {spec.path} has no split {spec.split!r}, its split 'train' is used")
+        say(f"eval: {spec.path} has no split {spec.split!r}, its split 'train' is used{again}")
         return dataset

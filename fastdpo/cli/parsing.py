@@ -20,6 +20,7 @@ from fastdpo.training.old_names import OLD_NAMES, todays_names
 logger = logging.getLogger(__name__)
 
 BY_NAME = {field.name: field for field in FIELDS}
+DEFAULTS = {field.name: field.default for field in FIELDS}
 SHORT = {"-m": "--model_name_or_path", "-d": "--dataset_name", "-h": "--help"}
 OWN_FLAGS = ("help", "help_all", "debug", "demo", "config")
 
@@ -28,7 +29,6 @@ ELSEWHERE = {
     **RENAMED,
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
-    "finetuning_type": "use_peft",
     "lora_dim": "lora_r",
     "lora_target": "lora_target_modules",
     "lr": "learning_rate",
@@ -39,7 +39,7 @@ ELSEWHERE = {
 }
 
 # what TRL's ModelConfig called what it and this command call otherwise today; DPOConfig's own are in OLD_NAMES
-OLD_HERE = {"torch_dtype": "dtype"}
+OLD_HERE = {"streaming": "dataset_streaming", "torch_dtype": "dtype"}
 # names that are read besides those of the table
 HIDDEN = (OLD_NAMES.keys() | OLD_HERE.keys() | KEYS) - BY_NAME.keys()
 
@@ -58,7 +58,10 @@ def parse(argv: Sequence[str]) -> Request:
 
     Raises UsageError with one sentence that names the argument.
     """
-    given = vars(_build_parser(show_all=False).parse_args(_canonical(argv)))
+    found, alone = _build_parser(show_all=False).parse_known_args(_canonical(argv))
+    if alone:
+        raise UsageError(f"'{alone[0]}' stands alone: arguments are --name value; a config file is the first word")
+    given = vars(found)
     config = given["config"]
     entries = _read_config(Path(config)) if config is not None else []
     entries += [Entry(name, value) for name, value in given.items() if name not in OWN_FLAGS]

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 from fastdpo.cli.checks import TrainingFailed
 from fastdpo.cli.model_parts import freeze_layers, load_models
 from fastdpo.cli.pairs import dataset_names
+from fastdpo.cli.parsing import DEFAULTS
 from fastdpo.cli.show import LogLines, ProgressBar, command_text, example_pair, result_text, say
 from fastdpo.data.errors import DataError
 from fastdpo.training.checkpoints import CheckpointError, resolve_resume
@@ -26,6 +27,8 @@ ADDED = (
     *("adapter_name_or_path", "create_new_adapter", "load_in_4bit", "load_in_8bit", "ref_model", "ref_adapters"),
     *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
 )
+# and of the data
+TAKEN = ("datasets", "dataset_config", "dataset_train_split", "data_scale_rate", "max_samples", "test_split_size")
 
 
 @contextlib.contextmanager
@@ -84,6 +87,8 @@ class Session:
             "data": dataset_names(option),
             "command": command_text(option),
         }
+        if option["create_new_adapter"]:
+            self.trainer.card_details["base"] = self._model_name()
         self.report = MetricsReport(self._details())
         for callback in (ProgressCallback, PrinterCallback):
             self.trainer.remove_callback(callback)
@@ -133,18 +138,22 @@ class Session:
         other = name.startswith("adapter") != self.adapter
         return other and (Path(str(self.args.output_dir)) / name).is_file()
 
+    def _model_name(self) -> str:
+        """What the training began with; of a fresh adapter over merged ones it is in no folder."""
+        name, merged = self.option["model_name_or_path"], self.option["adapter_name_or_path"]
+        return f"{name} with {' and '.join(merged)} merged" if self.option["create_new_adapter"] else name
+
     def _details(self) -> dict[str, Any]:
         """What summary.json says besides the metrics."""
         option = self.option
-        model: dict[str, Any] = {"name_or_path": option["model_name_or_path"], "revision": option["model_revision"]}
-        if option["create_new_adapter"]:
-            model["name_or_path"] += f" with {' and '.join(option['adapter_name_or_path'])} merged"
+        model: dict[str, Any] = {"name_or_path": self._model_name(), "revision": option["model_revision"]}
         model["trained_as"] = "lora" if self.adapter else "full"
         model |= {name: option[name] for name in ADDED if option[name]}
         if option["use_peft"]:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
             model |= {name: option[name] for name in names}
         data: dict[str, Any] = {"name": ", ".join(dataset_names(option)), "eval_name": option["eval_dataset_name"]}
+        data |= {name: option[name] for name in TAKEN if option[name] != DEFAULTS[name]}
         data["pairs_read"] = self.given
         data["tokenized"] = {name: report.as_dict() for name, report in self.trainer.tokenize_reports.items()}
         trainer = self.trainer

@@ -15,7 +15,7 @@ from fastdpo.cli.checks import TrainingFailed, check_request, one_sentence, only
 from fastdpo.cli.command import fail, log_to_stderr
 from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.pairs import load_data
-from fastdpo.cli.parsing import Request, UsageError, help_text, parse
+from fastdpo.cli.parsing import DEFAULTS, Request, UsageError, help_text, parse
 from fastdpo.training.files import check_writable
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 OWNER = {field.name: field.owner for field in FIELDS}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-DEFAULTS = {field.name: field.default for field in FIELDS}
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from fastdpo.training.adapters import adapter_off
 from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
 from fastdpo.training.reference import FrozenModel, Reference
 from fastdpo.training.saved_models import load_adapter, load_model, load_tokenizer_of
-from fastdpo.training.saved_run import SavedRun, reference_path
+from fastdpo.training.saved_run import SavedRun, no_base_model, reference_path
 
 Prompt = str | list[Message]
 
@@ -56,11 +56,11 @@ def load_contestants(
     sentence.
     """
     base = base or run.base
+    if run.is_adapter and base is None:
+        raise ValueError(no_base_model(run.folder))
     other = reference_path(run, ref_model)
     tokenizer = load_tokenizer_of([name for name in (run.folder, base) if name], trust_remote_code)
-    if run.is_adapter:
-        if base is None:
-            raise ValueError(f"the adapter {run.folder} does not say which model it belongs to; give its base model")
+    if run.is_adapter and base is not None:
         policy: Any = load_adapter(load_model(base, dtype, trust_remote_code), run.folder, base)
     else:
         policy = load_model(run.folder, dtype, trust_remote_code)

@@ -42,7 +42,7 @@ def attention_mask(
     if kind in (FLEX, "flex_attention"):
         return _block_mask(documents, branches)
     if kind == DOCUMENTS and spans is not None:
-        return DocumentMask(spans, documents.device).tensor
+        return DocumentMask(spans).tensor(documents.device)
     mask = allowed(documents, branches)
     if kind != "eager":
         return mask
@@ -121,13 +121,24 @@ def flex_refusal(model: PreTrainedModel, device: torch.device) -> str | None:
         return f"the model's attention is {kind}"
     if not getattr(model, "_supports_flex_attn", False):
         return f"{type(model).__name__} does not take it"
-    if any(getattr(module, "attention_dropout", 0.0) for module in model.modules()):
+    if _drops_attention(model):
         return "it has no dropout, and the model's attention has"
     try:
         error = _trial(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     except Exception as failure:  # a compiler's errors have no common class
         return f"it does not run here ({type(failure).__name__}: {str(failure).splitlines()[0]})"
     return None if error < 2e-2 else f"its result is off by {error:.2g} in a trial"
+
+
+def _drops_attention(model: nn.Module) -> bool:
+    """Whether attention weights are dropped out: by a number that a module keeps, or by a module of its own."""
+    for name, module in model.named_modules():
+        numbers = [value for key, value in vars(module).items() if "attention_dropout" in key or "attn_dropout" in key]
+        if isinstance(module, nn.Dropout) and ("attn" in name or "attention" in name):
+            numbers.append(module.p)
+        if any(isinstance(number, float) and number > 0 for number in numbers):
+            return True
+    return False
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> float:

@@ -30,7 +30,7 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite")
 # a row has room for a whole batch: FlexAttention skips what no token may see
 WHOLE_BATCH = 1 << 31
 # what two kernels of a right layout may differ by, root mean square over tokens, in nats
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 
 
 class Limit(NamedTuple):
@@ -53,7 +53,7 @@ def window(config: Any) -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
 
-def config_limit(model: nn.Module, longest: int | None, router_loss: bool) -> Limit:
+def config_limit(model: nn.Module, longest: int | None) -> Limit:
     """What a model's configuration says of rows that hold several sequences.
 
     longest: the longest sequence of the run in tokens, None where it is not known. A mask of our own replaces the
@@ -71,8 +71,6 @@ def config_limit(model: nn.Module, longest: int | None, router_loss: bool) -> Li
         return Limit("padded", f"{name} has {what}, which carry a state along the row")
     if "position_ids" not in inspect.signature(type(causal_lm).forward).parameters:
         return Limit("padded", f"{type(causal_lm).__name__} takes no position_ids")
-    if router_loss:
-        return Limit("padded", "the router's auxiliary loss counts the tokens of padded rows")
     size = window(config)
     if size is not None and (longest is None or longest > size):
         rows = "rows may be longer" if longest is None else f"the longest sequence has {longest}"
@@ -83,7 +81,10 @@ def config_limit(model: nn.Module, longest: int | None, router_loss: bool) -> Li
 
 
 class Logprobs:
-    """Log-probs (M,) of a collated batch under a model, as float64: no dropout, no gradient, no random number drawn."""
+    """Log-probs (M,) of a collated batch under a model, as float64: no dropout, no gradient, no random number drawn.
+
+    device: where the model is trained; left out, where it is.
+    """
 
     def __init__(
         self,
@@ -91,10 +92,13 @@ class Logprobs:
         forward: LogprobForward,
         prepare: Callable[[dict[str, Any]], dict[str, Any]],
         autocast: Callable[[], AbstractContextManager[Any]],
+        device: torch.device | None = None,
     ) -> None:
         self.model, self.forward, self.prepare, self.autocast = model, forward, prepare, autocast
         causal_lm = cast(PreTrainedModel, unwrap_peft(model))
-        self.device = next(causal_lm.parameters()).device
+        self.device = next(causal_lm.parameters()).device if device is None else device
+        # what learned positions end at
+        self.positions: int | None = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
         with autocast():
             mixed = torch.is_autocast_enabled(self.device.type)
             self.dtype = torch.get_autocast_dtype(self.device.type) if mixed else causal_lm.dtype
@@ -118,7 +122,8 @@ def difference(logprobs: Logprobs, collator: DataCollatorForPreference, rows: Se
     """
     padded = replace(collator, layout="padded", pad_to_multiple_of=None)
     batch = padded(rows)
-    wider = replace(padded, pad_to_multiple_of=batch["input_ids"].shape[1] + 19)
+    width = batch["input_ids"].shape[1]
+    wider = replace(padded, pad_to_multiple_of=max(width, min(width + 19, logprobs.positions or width + 19)))
     wanted = logprobs(batch)
     noise, off = _distance(logprobs(wider(rows)), wanted), _distance(logprobs(collator(rows)), wanted)
     allowed = max(3 * noise, ROUNDING[logprobs.dtype])
@@ -141,7 +146,7 @@ class Data(NamedTuple):
 
     @classmethod
     def of(cls, datasets: Sequence[Any], max_length: int | None) -> "Data":
-        """The rows with most tokens and with the longest prompt, of the first dataset; streams show no rows."""
+        """See `_telling_rows`, of the first dataset; streams show no rows."""
         known = [dataset for dataset in datasets if isinstance(dataset, Dataset) and len(dataset)]
         if len(known) < len(datasets) or not known:
             return cls([], max_length)
@@ -155,13 +160,16 @@ def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
 
 
 def _telling_rows(dataset: Dataset, max_length: int | None) -> list[dict[str, Any]]:
+    """The rows with the longest prompt, the longest sequence, and most tokens of prompt and both answers."""
     limit = max_length or math.inf
-    lengths = list(zip(*_lengths(dataset), strict=True))
-    sums = [min(p + c, limit) + min(p + r, limit) for p, c, r in lengths]
-    # of rows that are cut to the same length the one with the longest prompt says most
-    most = max(range(len(lengths)), key=lambda row: (sums[row], lengths[row][0]))
-    prompt = max(range(len(lengths)), key=lambda row: (min(lengths[row][0], limit), sums[row]))
-    return [cast("dict[str, Any]", dataset[row]) for row in sorted({most, prompt})]
+    lengths = [
+        (min(p, limit), min(p + c, limit), min(p + r, limit)) for p, c, r in zip(*_lengths(dataset), strict=True)
+    ]
+    together = [chosen + rejected - prompt for prompt, chosen, rejected in lengths]
+    keys = (lambda row: lengths[row][0], lambda row: max(lengths[row][1:]), lambda row: together[row])
+    # among equals, as many are where rows are cut, the one with most answer tokens to compare
+    found = {max(range(len(lengths)), key=lambda row: (key(row), together[row] - lengths[row][0])) for key in keys}
+    return [cast("dict[str, Any]", dataset[row]) for row in sorted(found)]
 
 
 def _lengths(dataset: Dataset) -> list[list[int]]:
@@ -174,7 +182,7 @@ def settle_layout(
     collator: DataCollatorForPreference,
     models: Sequence[Logprobs],
     data: Data,
-    router_loss: bool = False,
+    needs_padding: str = "",
     no_probe: str = "",
     compiled: bool = False,
 ) -> tuple[DataCollatorForPreference, str]:
@@ -183,14 +191,14 @@ def settle_layout(
     Args:
         wanted: one of `BATCH_LAYOUTS`, or "auto": the widest that configurations and comparison allow.
         models: the policy, and a reference model of its own.
+        needs_padding: why the run trains on padded rows, whatever the models allow; "" where it need not.
         no_probe: why nothing can be compared; "" where it can.
         compiled: the model goes through torch.compile, which would compile anew for each batch's documents.
 
     Raises:
         ValueError: a layout that was asked for by name would give other log-probs.
     """
-    limits = [config_limit(one.model, data.longest, router_loss and one is models[0]) for one in models]
-    limit = min(limits, key=lambda limit: BATCH_LAYOUTS.index(limit.widest))
+    limit = _limit(models, data, needs_padding)
     if wanted == "padded":
         return collator, "padded, as asked for"
     if wanted != "auto" and not limit.allows(wanted):
@@ -202,7 +210,7 @@ def settle_layout(
         if layout == "padded":
             break
         refused = ""
-        for laid, attention in _ways(replace(collator, layout=layout), [one.forward for one in models], compiled):
+        for laid, attention in _ways(replace(collator, layout=layout), models, compiled):
             for one in models:
                 one.forward.attention = attention
             found = _refusal(laid, models, data, no_probe)
@@ -218,35 +226,59 @@ def settle_layout(
     return collator, f"padded, since {'; '.join(reasons)}"
 
 
+def check_given_layout(
+    collator: DataCollatorForPreference, models: Sequence[Logprobs], data: Data, needs_padding: str, no_probe: str
+) -> None:
+    """Raise `ValueError` where the layout of a collator that somebody gave would give other log-probs."""
+    limit = _limit(models, data, needs_padding)
+    if not limit.allows(collator.layout):
+        refused: str | None = limit.reason
+    else:
+        refused = None if no_probe else _refusal(collator, models, data, "")
+    if refused:
+        raise ValueError(
+            f"the data_collator's layout {collator.layout!r} is not exact here: {refused}; use layout='padded', or "
+            "leave data_collator out."
+        )
+
+
+def _limit(models: Sequence[Logprobs], data: Data, needs_padding: str) -> Limit:
+    if needs_padding:
+        return Limit("padded", needs_padding)
+    limits = [config_limit(one.model, data.longest) for one in models]
+    return min(limits, key=lambda limit: BATCH_LAYOUTS.index(limit.widest))
+
+
 def _refusal(laid: DataCollatorForPreference, models: Sequence[Logprobs], data: Data, no_probe: str) -> str | None:
     if no_probe:
         plain = all(one.forward.model.config.model_type in PLAIN for one in models)
         return None if plain else f"{laid.layout} rows were not compared with padded ones: {no_probe}"
     try:
         return next((found for one in models if (found := difference(one, laid, data.rows))), None)
-    except RuntimeError as error:
-        return f"{laid.layout} rows do not run ({str(error).splitlines()[0]})"
+    except Exception as error:  # models that take no such mask fail in their own ways
+        return f"{laid.layout} rows do not run ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
 def _ways(
-    collator: DataCollatorForPreference, forwards: Sequence[LogprobForward], compiled: bool
+    collator: DataCollatorForPreference, models: Sequence[Logprobs], compiled: bool
 ) -> Iterator[tuple[DataCollatorForPreference, str | None]]:
     """How rows of a layout can be attended to, the best first: the collator, and the attention to switch to.
 
     FlexAttention, PyTorch's kernels document by document, and FlashAttention take a whole batch as one row. With a mask
     over all of T x T a row is as long as the longest pair.
     """
-    kinds = [forward.model.config._attn_implementation for forward in forwards]
+    kinds = [one.forward.model.config._attn_implementation for one in models]
     if any("flash" in (kind or "") for kind in kinds):
         yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=None), None
         return
-    refusals = [flex_refusal(forward.model, next(forward.model.parameters()).device) for forward in forwards]
+    refusals = [flex_refusal(one.forward.model, one.device) for one in models]
     refusal = next((found for found in refusals if found is not None), None)
     if refusal is None:
         # the kernel's blocks: fewer shapes to compile for
         yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=collator.pad_to_multiple_of or 128), FLEX
     else:
-        logger.info(f"no FlexAttention: {refusal}.")
+        level = logging.INFO if models[0].device.type == "cuda" else logging.DEBUG
+        logger.log(level, f"no FlexAttention: {refusal}.")
     if all(kind == "sdpa" for kind in kinds) and not compiled:
         yield replace(collator, max_row_tokens=WHOLE_BATCH), DOCUMENTS
     yield collator, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +14,34 @@ from transformers.masking_utils import sdpa_mask
 from fastdpo.data.layouts import Span
 
 DOCUMENTS = "fastdpo_documents"
+# as a mask it fits no attention, so that one that does not know it fails
+_SHAPE = (1, 1, 1, 2)
 
 
 class DocumentMask:
     """What stands in the place of a mask: the documents of a batch, and the masks of their second branches.
 
-    transformers hands on a 4-D tensor as it is, so `tensor` is one, and carries this object.
+    transformers hands on a 4-D tensor as it is, so `tensor` makes one that this object lives as long as.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self.tensor = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-        self.tensor.fastdpo = self  # pyright: ignore[reportAttributeAccessIssue] a tensor takes attributes
+
+    def tensor(self, device: torch.device) -> Tensor:
+        tensor = torch.zeros(_SHAPE, dtype=torch.bool, device=device)
+        tensor.fastdpo = self  # pyright: ignore[reportAttributeAccessIssue] a tensor takes attributes
+        _MADE[tensor.data_ptr()] = self
+        return tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "DocumentMask | None":
+        """What a tensor stands for; None for any other mask."""
+        return None if tensor is None or tensor.shape != _SHAPE else _MADE.get(tensor.data_ptr())
 
     def pieces(self, *tensors: Tensor) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
         """For each document its trunk's length and, of each tensor (1, heads, slots, D), the part up to the end of the
-        first branch, then the same of the second branch; beside them the padding that follows.
+        first branch, then the same of the second branch; beside them the last tensor's padding that follows.
 
         Split once, so that the backward joins the parts once.
         """
@@ -43,7 +55,7 @@ class DocumentMask:
         parts = [tensor.split(sizes, 2) for tensor in tensors]
         for number, (begin, trunk, *_) in enumerate(self.spans):
             one, two, padding = ([part[3 * number + i] for part in parts] for i in range(3))
-            yield (trunk - begin, *one, *two), padding[0]
+            yield (trunk - begin, *one, *two), padding[-1]
 
     def last_rows(self, queries: Tensor, keys: int) -> Tensor:
         """The additive causal mask (Q, K) of queries that are the last of `keys`; made once for all layers."""
@@ -53,6 +65,10 @@ class DocumentMask:
             mask = torch.zeros(key[:2], dtype=queries.dtype, device=queries.device)
             self._masks[key] = mask.masked_fill_(hidden, float("-inf"))
         return self._masks[key]
+
+
+# by the memory of their tensors: re-entrant checkpointing hands on detached tensors, which share it
+_MADE: WeakValueDictionary[int, DocumentMask] = WeakValueDictionary()
 
 
 def _forward(
@@ -67,9 +83,9 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """By documents where the batch came with them, else what "sdpa" does. Tensors are (R, heads, T, D)."""
-    documents = getattr(attention_mask, "fastdpo", None)
+    documents = DocumentMask.of(attention_mask)
     if documents is None:
-        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+        if attention_mask is not None and attention_mask.shape[-1] == _SHAPE[-1] < key.shape[2]:
             raise RuntimeError("the documents of the batch were lost on their way to the attention")
         kwargs |= {} if softcap is None else {"softcap": softcap}
         return sdpa_attention_forward(
@@ -91,7 +107,8 @@ def _forward(
             k, v = (torch.cat([x[:, :, :trunk], y], 2) for x, y in zip(own[1:3], (k, v), strict=True))
             mask = documents.last_rows(q, k.shape[2])
             outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
-        outputs.append(torch.zeros_like(padding))
+        # values may be of another size than queries
+        outputs.append(padding.new_zeros(1, query.shape[1], *padding.shape[2:]))
     output = torch.cat(outputs, 2)
     if rows > 1:
         output = output[0].unflatten(1, (rows, width)).transpose(0, 1)

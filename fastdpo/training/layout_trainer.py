@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fastdpo.data.collate import DataCollatorForPreference
-from fastdpo.training.batch_layouts import Data, Logprobs, longest_sequence, settle_layout, window
+from fastdpo.training.batch_layouts import (
+    Data,
+    Logprobs,
+    check_given_layout,
+    longest_sequence,
+    settle_layout,
+    window,
+)
 from fastdpo.training.batch_plan import BatchPlan, PlannedBatches, by_length, shuffled, tokens_of_pairs
 from fastdpo.training.checkpoints import CheckpointError
 from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
 from fastdpo.training.metric_trainer import MetricTrainer
+from fastdpo.training.precomputed import on_device
 from fastdpo.training.reference import FrozenModel, Reference
 from fastdpo.training.reference_trainer import model_call
 
@@ -36,11 +45,13 @@ class LayoutTrainer(MetricTrainer):
     _router_loss_weight: float
     _plan: BatchPlan | None = None
     _window: int | None = None
+    # where the collator cuts
+    _max_length: int | None = None
     # pairs of all processes in the batches of one update
     _window_pairs: int | Tensor = 0
 
     def _set_layout(self, reference: Reference, own_collator: bool) -> None:
-        args, policy = self.args, cast(Model, self.model)
+        args, policy, collator = self.args, cast(Model, self.model), self.data_collator
         if own_collator:
             if args.batch_layout not in ("auto", "padded"):
                 raise ValueError(
@@ -48,26 +59,39 @@ class LayoutTrainer(MetricTrainer):
                     "one out, or pass DataCollatorForPreference(..., layout=...)."
                 )
             self.layout_description = "as the given data_collator makes them"
-            return
+            if not isinstance(collator, DataCollatorForPreference) or collator.layout == "padded":
+                return
         models: list[tuple[nn.Module, LogprobForward]] = [(policy, self._logprob_forward)]
         if isinstance(reference, FrozenModel):
             models.append((reference.model, reference.forward))
         evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         datasets = [dataset for dataset in (self.train_dataset, *evals) if dataset is not None]
-        data = Data.of(datasets, args.max_length)
+        collator = cast(DataCollatorForPreference, collator)
+        self._max_length = collator.max_length
+        data = Data.of(datasets, self._max_length)
         no_probe = "" if data.rows else "there is no whole dataset to look at"
         if self.is_fsdp_enabled or any(p.is_meta or p.numel() == 0 for p in policy.parameters()):
             no_probe = "the weights are split over processes"
-        self.data_collator, self.layout_description = settle_layout(
-            args.batch_layout,
-            cast(DataCollatorForPreference, self.data_collator),
-            [Logprobs(*model, self._model_inputs, lambda: self.accelerator.autocast()) for model in models],
-            data,
-            bool(self._router_loss_weight),
-            no_probe,
-            bool(args.torch_compile),
-        )
-        if self.accelerator.num_processes > 1:
+        needs_padding = ""
+        if self._router_loss_weight:
+            needs_padding = "the router's auxiliary loss counts the tokens of padded rows"
+        elif args.neftune_noise_alpha:
+            needs_padding = "NEFTune scales its noise by the length of a row"
+        with ExitStack() as stack:
+            if not no_probe:
+                for model, _ in models:
+                    stack.enter_context(on_device(model, args.device))
+            made = [
+                Logprobs(*model, self._model_inputs, lambda: self.accelerator.autocast(), args.device)
+                for model in models
+            ]
+            if own_collator:
+                check_given_layout(collator, made, data, needs_padding, no_probe)
+            else:
+                self.data_collator, self.layout_description = settle_layout(
+                    args.batch_layout, collator, made, data, needs_padding, no_probe, bool(args.torch_compile)
+                )
+        if self.accelerator.num_processes > 1 and not own_collator:
             # rounding may tell processes different things
             found = [self.data_collator, self.layout_description, self._logprob_forward.attention]
             self.data_collator, self.layout_description, attention = broadcast_object_list(found)
@@ -84,14 +108,20 @@ class LayoutTrainer(MetricTrainer):
 
     def _check_window(self, dataset: Any, name: str) -> None:
         """Refuse a dataset, given after the layout was chosen, for which it would not be exact."""
-        if self._window is not None and isinstance(dataset, Dataset) and len(dataset):
-            longest = longest_sequence(dataset, self.args.max_length)
-            if longest > self._window:
-                raise ValueError(
-                    f"{name} has a sequence of {longest} tokens, the model's attention reaches back {self._window} and "
-                    f"batches are {self.layout_description}, which is not exact then; use batch_layout='padded', or "
-                    "a max_length within the window."
-                )
+        if self._window is None:
+            return
+        if isinstance(dataset, Dataset):
+            longest = longest_sequence(dataset, self._max_length) if len(dataset) else 0
+            what = f"has a sequence of {longest} tokens"
+        else:
+            longest = math.inf if self._max_length is None else self._max_length
+            what = f"is a stream, whose sequences may have {longest} tokens"
+        if longest > self._window:
+            raise ValueError(
+                f"{name} {what}, the model's attention reaches back {self._window} and batches are "
+                f"{self.layout_description}, which is not exact then; use batch_layout='padded', or a max_length "
+                "within the window."
+            )
 
     # batches by tokens
 
@@ -128,7 +158,9 @@ class LayoutTrainer(MetricTrainer):
                 f"{type(collator).__name__}; leave one out, or pass a DataCollatorForPreference."
             )
         tokens = tokens_of_pairs(cast(Dataset, dataset), collator)
+        # the older of the transformers that this works with call it group_by_length
         strategy = getattr(args, "train_sampling_strategy", "random")
+        strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
         if strategy == "sequential":
             order: Any = lambda epoch: range(len(tokens))  # noqa: E731
         elif strategy == "random":

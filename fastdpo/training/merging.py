@@ -20,6 +20,7 @@ from fastdpo.training.files import sync_folder, sync_tree, why_not_written
 from fastdpo.training.load_errors import first_sentence
 from fastdpo.training.models import is_adapter_folder
 from fastdpo.training.saved_models import load_adapter, load_model, load_tokenizer_of, read_adapter_config
+from fastdpo.training.saved_run import no_base_model
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def merge_adapter(
     config = read_adapter_config(adapter)
     base = base or config.base_model_name_or_path
     if not base:
-        raise ValueError(f"the adapter {adapter} does not say which model it belongs to; give its base model")
+        raise ValueError(no_base_model(adapter))
     tokenizer = load_tokenizer_of([adapter, base], trust_remote_code)
     model: Any = _load_base(base, trust_remote_code)
     written_dtype = dtype or model.dtype

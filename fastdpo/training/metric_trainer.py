@@ -24,7 +24,8 @@ class MetricTrainer(ReferenceTrainer):
 
     Attributes:
         advisor: what was said about numbers out of their healthy range.
-        card_details: what the model card cannot know by itself: "data" (a list of names), "command".
+        card_details: what the model card cannot know by itself: "data" (a list of names), "command", and "base" where
+            the model has no name.
     """
 
     args: DPOConfig
@@ -148,7 +149,7 @@ class MetricTrainer(ReferenceTrainer):
         card = Card(
             name=model_name or Path(self.args.hub_model_id or folder).resolve().name,
             is_adapter=adapter,
-            base=finetuned_from or base or None,
+            base=finetuned_from or base or self.card_details.get("base"),
             data=data or hub_names(self.train_dataset),
             pairs=len(cast(Any, self.train_dataset)) if hasattr(self.train_dataset, "__len__") else None,
             reference=self.reference_description,

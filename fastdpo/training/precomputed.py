@@ -116,7 +116,7 @@ def precompute(
             wait=accelerator.wait_for_everyone,
             quiet=bool(args.disable_tqdm),
         )
-        with _on_device(policy, args.device):
+        with on_device(policy, args.device):
             done[name] = with_reference_logps(dataset, root / _folder_name(name), work)
     description = f"log-probs precomputed in {root} from {reference.description}"
     source = None if isinstance(reference, FrozenModel) else reference
@@ -124,7 +124,7 @@ def precompute(
 
 
 @contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Where FSDP or DeepSpeed leave a model on the CPU until training, it is on `device` for a while."""
     found = next(model.parameters()).device
     moves = found.type == "cpu" and device.type != "cpu" and not hasattr(model, "hf_device_map")

@@ -11,6 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo import __version__
+from fastdpo.losses import LossOptions
 from fastdpo.training.files import write_atomic
 
 FOLDER = "dpo_metrics"
@@ -35,30 +37,18 @@ LEADING = (
 )
 # Trainer's record at the end of training: it belongs to the run, not to a step
 RUN_RECORD = "train_runtime"
+# a running picture is drawn again after so many seconds: it takes one, more than a step of a small model
+DRAW_EVERY = 30.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
+# what tells two runs apart: all that changes the weights that come out
 ESSENTIALS = (
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "rpo_alpha",
-    "ld_alpha",
-    "max_length",
-    "truncation_mode",
-    "batch_layout",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "bf16",
-    "fp16",
-    "seed",
+    *(option.name for option in fields(LossOptions)),
+    *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "on_overlong", "scored_turns"),
+    *("router_aux_loss_coef", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "disable_dropout"),
+    *("batch_layout", "max_tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("num_train_epochs", "max_steps", "train_sampling_strategy", "gradient_checkpointing", "bf16", "fp16"),
+    *("seed", "data_seed"),
 )
 
 
@@ -195,12 +185,15 @@ class MetricsReport(TrainerCallback):
     """Write the metric files of a run, each atomically, on world process zero.
 
     details: what the summary says besides the metrics (model, data counts, reference, ...); it may be filled until the
-    end of training. The CSV follows the run, at most once a second; everything is written at save, evaluation and end.
+    end of training. The CSV follows the run, at most once a second; everything is written at save, evaluation and end
+    (the picture at the first of them, then at most every `DRAW_EVERY` seconds, and at the end where it is not of the
+    last step already).
     """
 
     def __init__(self, details: Mapping[str, Any] | None = None) -> None:
         self.details: dict[str, Any] = dict(details or {})
-        self._written = -math.inf
+        self._written = self._drawn_at = -math.inf
+        self._drawn: list[dict[str, Any]] | None = None
         self._first_step = 0
         self._earlier_run: dict[str, Any] | None = None
 
@@ -220,10 +213,10 @@ class MetricsReport(TrainerCallback):
             self._write_csv(args, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.write(args, state)
+        self._write(args, state, DRAW_EVERY)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.write(args, state)
+        self._write(args, state, DRAW_EVERY)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -236,6 +229,9 @@ class MetricsReport(TrainerCallback):
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write all four files. Raises OSError where the folder cannot be written."""
+        self._write(args, state, 0.0)
+
+    def _write(self, args: TrainingArguments, state: TrainerState, draw_after: float) -> None:
         if not state.is_world_process_zero:
             return
         folder = self._write_csv(args, state)
@@ -243,7 +239,10 @@ class MetricsReport(TrainerCallback):
         summary["files"] = list(FILES)
         for name, value in (("log_history.json", state.log_history), ("summary.json", summary)):
             write_atomic(folder / name, json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
-        write_atomic(folder / "training_curves.png", curves_png(state.log_history))
+        rows = metric_rows(state.log_history)
+        if rows != self._drawn and time.monotonic() - self._drawn_at >= draw_after:
+            write_atomic(folder / "training_curves.png", curves_png(state.log_history))
+            self._drawn, self._drawn_at = rows, time.monotonic()
 
     def _write_csv(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(args.output_dir or ".") / FOLDER

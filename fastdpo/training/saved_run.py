@@ -44,9 +44,28 @@ def read_run(folder: str) -> SavedRun:
         adapter = model.get("trained_as", "lora") != "full"
     base = model.get("name_or_path")
     if adapter:
-        base = read_adapter_config(folder).base_model_name_or_path or base
+        # what a fresh adapter over merged ones belongs to has no name
+        base = read_adapter_config(folder).base_model_name_or_path or (None if _merged_adapters(model) else base)
     beta = (summary.get("settings") or {}).get("beta")
     return SavedRun(folder, adapter, base, beta, summary.get("reference") or {})
+
+
+def no_base_model(adapter: str) -> str:
+    """Why the model of an adapter that names none is not known, and what to give. Raises ValueError."""
+    model = _read_summary(Path(adapter, FOLDER, "summary.json")).get("model") or {}
+    merged = _merged_adapters(model)
+    if merged:
+        how = f"{merged[0]} --out FOLDER`" if len(merged) == 1 else "ADAPTER --out FOLDER`, one after the other"
+        return (
+            f"the adapter {adapter} was trained over {model.get('name_or_path')}: write that model with `fastdpo merge "
+            f"{how}, and give FOLDER as --base"
+        )
+    return f"the adapter {adapter} does not say which model it belongs to; give its base model"
+
+
+def _merged_adapters(model: Mapping[str, Any]) -> list[str]:
+    """The adapters that a run merged into its model first, by what its summary says of the model."""
+    return list(model.get("adapter_name_or_path") or []) if model.get("create_new_adapter") else []
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
