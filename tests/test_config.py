@@ -34,7 +34,7 @@ def test_defaults_are_trl_s(tmp_path: Any) -> None:
     added |= {"model_adapter_name", "ref_adapter_name", "precompute_ref_dir", "ref_model_init_kwargs"}
     added |= {"on_overlong", "scored_turns", "batch_layout", "max_tokens_per_batch"}
     # TRL's up to 0.28
-    added |= {"max_prompt_length", "max_completion_length", "tools"}
+    added |= {"max_prompt_length", "max_completion_length", "tools", "generate_during_eval"}
     assert theirs.keys() <= ours.keys()
     # chosen otherwise: see the fields' help
     changed = {"output_dir", "logging_nan_inf_filter", "report_to"}

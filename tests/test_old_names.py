@@ -63,7 +63,6 @@ CASES: list[tuple[str, Any, dict[str, Any], str]] = [
     ("push_to_hub_token", "secret", {"hub_token": "secret"}, "is hub_token today"),
     ("base_model_attribute_name", "model", {}, "has no effect"),
     ("force_use_ref_model", True, {}, "is always the reference"),
-    ("generate_during_eval", True, {}, "nothing is generated during evaluation"),
     ("is_encoder_decoder", False, {}, "every model is a causal one"),
     ("label_pad_token_id", -100, {}, "no labels"),
     ("padding_value", 0, {}, "padding is masked"),

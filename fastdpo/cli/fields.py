@@ -184,6 +184,7 @@ FIELDS = (
     Field('batch_layout', 'str', 'auto', ('auto', 'padded', 'packed', 'shared'), 'DPO, further', 'Rows of a batch: padded, packed, shared (prompts once), auto: the best exact one.', 'dpo', False),
     Field('max_tokens_per_batch', 'int | None', None, None, 'DPO, further', 'Tokens of a batch at most, beside per_device_train_batch_size pairs; unset: no limit.', 'dpo', False),
     Field('activation_offloading', 'bool', False, None, 'DPO, further', 'Accepted and not used: gradient_checkpointing saves that memory.', 'dpo', False),
+    Field('generate_during_eval', 'bool', False, None, 'DPO, further', 'Let policy and reference answer some prompts at each evaluation (answers.jsonl).', 'dpo', False),
     Field('reference_free', 'bool', False, None, 'DPO, further', "Take the reference's log-probs as 0.", 'dpo', False),
     Field('f_divergence_type', 'str', 'reverse_kl', ('reverse_kl', 'forward_kl', 'js_divergence', 'alpha_divergence'), 'DPO, further', 'Divergence from the reference (f-DPO).', 'dpo', False),
     Field('f_alpha_divergence_coef', 'float', 0.5, None, 'DPO, further', 'alpha of alpha_divergence; 1 is reverse_kl.', 'dpo', False),

@@ -151,9 +151,9 @@ def compare_answers(
     for prompt in prompts:
         ids = prompt_ids(prompt, tokenizer, raw)
         options = (max_new_tokens, temperature, seed)
-        answers = {"policy": _generate(policy, tokenizer, ids, *options)}
+        answers = {"policy": generate_answer(policy, tokenizer, ids, *options)}
         with contestants.off():
-            answers["reference"] = _generate(frozen or policy, tokenizer, ids, *options)
+            answers["reference"] = generate_answer(frozen or policy, tokenizer, ids, *options)
         batch = DataCollatorForPreference(0)(
             [{"prompt_ids": ids, "chosen_ids": answers["policy"], "rejected_ids": answers["reference"]}]
         )
@@ -176,10 +176,13 @@ def compare_answers(
         yield {"prompt": prompt, **sides, "same": answers["policy"] == answers["reference"]}
 
 
-def _generate(
+def generate_answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], max_new_tokens: int, temperature: float, seed: int
 ) -> list[int]:
-    """The answer's ids, its EOS token included."""
+    """The answer's ids, its EOS token included; the generator is seeded.
+
+    temperature 0 is greedy. The model answers in the mode that it is in.
+    """
     ends = sorted(_end_ids(model, tokenizer))
     # in place of the model's own, whose sampling settings would come in beside ours
     config = GenerationConfig(

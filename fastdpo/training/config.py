@@ -150,6 +150,13 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Drop and count bad rows of the dataset instead of stopping at them."},
     )
 
+    generate_during_eval: bool = field(
+        default=False,
+        metadata={
+            "help": "Let policy and reference answer some prompts at each evaluation (answers.jsonl)."
+        },
+    )
+
     # the loss, under the names of `LossOptions`
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],

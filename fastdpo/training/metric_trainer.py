@@ -1,10 +1,12 @@
 """A Trainer that logs DPO's metrics, gives advice on them, and says them in the model card."""
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
@@ -12,9 +14,12 @@ from fastdpo.training import metrics
 from fastdpo.training.adapters import trained_adapter
 from fastdpo.training.advice import Advisor
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.eval_answers import EvaluationAnswers
 from fastdpo.training.model_card import Card, hub_names, write_card
 from fastdpo.training.reference_trainer import ReferenceTrainer
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
+
+logger = logging.getLogger(__name__)
 
 
 class MetricTrainer(ReferenceTrainer):
@@ -39,6 +44,17 @@ class MetricTrainer(ReferenceTrainer):
         self.card_details: dict[str, Any] = {}
         self.advisor = Advisor(self.args)
         self.add_callback(self.advisor)
+
+    def _answer_evaluations(self) -> None:
+        """The callback of `generate_during_eval`; whole weights only."""
+        if not self.args.generate_during_eval:
+            return
+        dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        if not isinstance(dataset, Dataset) or self._sharded:
+            why = "FSDP and DeepSpeed split the weights" if self._sharded else "there is no whole eval_dataset"
+            logger.warning(f"generate_during_eval is not used: {why}.")
+            return
+        self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # a pause waits for the device, so there is none in a step that only trains or logs

@@ -61,7 +61,6 @@ OLD_NAMES: dict[str, OldName] = {
     # TRL
     "base_model_attribute_name": _unused("the backbone is found without it"),
     "force_use_ref_model": _unused("a ref_model that is given is always the reference"),
-    "generate_during_eval": _unused("nothing is generated during evaluation; a callback's on_evaluate can"),
     "is_encoder_decoder": OldName(_encoder_decoder, "has no effect: every model is a causal one"),
     "label_pad_token_id": _unused("batches have no labels that would be padded"),
     "max_target_length": _renamed("max_completion_length"),

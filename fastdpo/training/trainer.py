@@ -185,6 +185,7 @@ class DPOTrainer(LayoutTrainer):
         self._loss_options = args.loss_options()
         self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
         self._start_metrics()
+        self._answer_evaluations()
 
     def _prepare_dataset(self, dataset: PairDataset, args: DPOConfig, name: str) -> PairDataset:
         with dataset_bars(shown=not args.disable_tqdm):
