@@ -472,6 +472,7 @@ def test_odd_rows_are_counted_and_training_goes_on(
     assert summary["data"]["tokenized"]["train"]["dropped_long_prompt"] == 1
     assert summary["reference"] == {"kind": "start", "description": "a frozen copy of the starting policy"}
     assert f"reference: {summary['reference']['description']}." in err
+    assert f"batches: {summary['batches']}." in err
 
 
 @pytest.fixture(scope="module")

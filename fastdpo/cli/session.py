@@ -158,4 +158,10 @@ class Session:
         data["tokenized"] = {name: report.as_dict() for name, report in self.trainer.tokenize_reports.items()}
         trainer = self.trainer
         reference = {**trainer.reference_origin, "description": trainer.reference_description}
-        return {"model": model, "data": data, "reference": reference, "advice": trainer.advisor.given}
+        return {
+            "model": model,
+            "data": data,
+            "batches": trainer.layout_description,
+            "reference": reference,
+            "advice": trainer.advisor.given,
+        }

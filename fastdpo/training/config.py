@@ -152,9 +152,7 @@ class DPOConfig(TrainingArguments):
 
     generate_during_eval: bool = field(
         default=False,
-        metadata={
-            "help": "Let policy and reference answer some prompts at each evaluation (answers.jsonl)."
-        },
+        metadata={"help": "Let policy and reference answer some prompts at each evaluation (answers.jsonl)."},
     )
 
     # the loss, under the names of `LossOptions`
