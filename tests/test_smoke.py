@@ -271,6 +271,15 @@ def test_a_model_with_a_device_map(tmp_path: Path, peft: bool) -> None:
     assert logs(mapped)[-1]["loss"] != logs(mapped)[0]["loss"]
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
+def test_optimizers_of_bitsandbytes(tmp_path: Path, optim: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `quant`)")
+    trainer = make(tmp_path, optim=optim)
+    trainer.train()
+    assert "bitsandbytes" in type(trainer.optimizer.optimizer).__module__
+    assert logs(trainer)[-1]["loss"] != logs(trainer)[0]["loss"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_resized_and_tied_embeddings(tmp_path: Path, tied: bool) -> None:
     policy = model(tie_word_embeddings=tied)
