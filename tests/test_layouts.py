@@ -153,7 +153,7 @@ PARTS = ("prompt", "chosen", "rejected")
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_real_pairs(name: str, dtype: torch.dtype, error: float, layout: str, shared_data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "minimind_tokenizer")
     pairs = load_preferences(str(shared_data / "dpo_en_demo.json")).select(range(12))
@@ -162,7 +162,8 @@ def test_real_pairs(name: str, dtype: torch.dtype, error: float, layout: str, sh
     model = make(name, dtype, vocab_size=6400)
     examples = [dict(row) for row in dataset][:4]
     assert_equal(model, examples, collator, error)
-    assert_equal(model, examples, replace(collator, max_row_tokens=10000), error, DOCUMENTS)
+    if model.config._attn_implementation == "sdpa":
+        assert_equal(model, examples, replace(collator, max_row_tokens=10000), error, DOCUMENTS)
 
 
 def test_flex_attention_sees_what_the_mask_says() -> None:
