@@ -80,10 +80,6 @@ def size_mismatch(error: BaseException) -> tuple[str, str, str] | None:
     return (found[1], f"({found[2]})", f"({found[3]})") if found else None
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def first_sentence(error: BaseException) -> str:
     """A library's message without what it goes on to recommend: those are arguments of its own."""
     text = " ".join(str(error).split()).split(". ")[0].rstrip(".")

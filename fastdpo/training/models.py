@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from fastdpo.data.errors import first_line
 from fastdpo.data.tokenize import ID_COLUMNS
 from fastdpo.training.adapters import check_adapter_name
 from fastdpo.training.config import DPOConfig
@@ -26,7 +27,6 @@ from fastdpo.training.load_errors import (
     check_causal_lm,
     check_loaded,
     check_text_causal_lm,
-    first_line,
     first_sentence,
     why_no_weights,
 )

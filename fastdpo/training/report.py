@@ -251,3 +251,16 @@ class MetricsReport(TrainerCallback):
             write_atomic(folder / "training_metrics.csv", metrics_csv(state.log_history))
             self._written = time.monotonic()
         return folder
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's summary.json, {} where there is none. Raises ValueError with one sentence where it is no JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} should be a JSON object, got {type(summary).__name__}")
+    return summary

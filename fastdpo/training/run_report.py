@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.training.report import FOLDER, draw_band, metric_columns
+from fastdpo.training.report import FOLDER, draw_band, metric_columns, read_summary
 
 # title -> metrics; the second of two is dashed
 PANELS = {
@@ -62,7 +62,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
         rows = _read_csv(path / "training_metrics.csv")
         if not rows:
             raise ValueError(f"the run {folder} has not logged a step yet ({path / 'training_metrics.csv'} has no row)")
-        runs.append(Run(name, folder, rows, _read_summary(path / "summary.json")))
+        runs.append(Run(name, folder, rows, read_summary(path / "summary.json")))
     return runs
 
 
@@ -104,18 +104,6 @@ def _read_csv(path: Path) -> list[dict[str, float]]:
         if "step" not in rows[-1]:
             raise ValueError(f"{path}:{line}: there is no step in this row")
     return rows
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(summary, dict):
-        raise ValueError(f"{path} should be a JSON object, got {type(summary).__name__}")
-    return summary
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

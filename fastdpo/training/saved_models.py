@@ -9,7 +9,8 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fastdpo.training.load_errors import check_loaded, first_line, first_sentence, size_mismatch, why_no_weights
+from fastdpo.data.errors import first_line
+from fastdpo.training.load_errors import check_loaded, first_sentence, size_mismatch, why_no_weights
 from fastdpo.training.models import is_adapter_folder
 
 WEIGHTS = "adapter_model.safetensors"

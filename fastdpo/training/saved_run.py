@@ -1,13 +1,12 @@
 """A finished run's folder: what it trained, with which beta, and what its reference was."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdpo.training.report import FOLDER
+from fastdpo.training.report import FOLDER, read_summary
 from fastdpo.training.saved_models import read_adapter_config
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def read_run(folder: str) -> SavedRun:
         raise ValueError(
             f"the folder {folder} holds neither a model (config.json) nor an adapter (adapter_config.json)"
         )
-    summary = _read_summary(path / FOLDER / "summary.json")
+    summary = read_summary(path / FOLDER / "summary.json")
     model = summary.get("model") or {}
     if adapter and whole:  # of two runs in one folder, the summary is of the later one
         adapter = model.get("trained_as", "lora") != "full"
@@ -52,7 +51,7 @@ def read_run(folder: str) -> SavedRun:
 
 def no_base_model(adapter: str) -> str:
     """Why the model of an adapter that names none is not known, and what to give. Raises ValueError."""
-    model = _read_summary(Path(adapter, FOLDER, "summary.json")).get("model") or {}
+    model = read_summary(Path(adapter, FOLDER, "summary.json")).get("model") or {}
     merged = _merged_adapters(model)
     if merged:
         how = f"{merged[0]} --out FOLDER`" if len(merged) == 1 else "ADAPTER --out FOLDER`, one after the other"
@@ -66,18 +65,6 @@ def no_base_model(adapter: str) -> str:
 def _merged_adapters(model: Mapping[str, Any]) -> list[str]:
     """The adapters that a run merged into its model first, by what its summary says of the model."""
     return list(model.get("adapter_name_or_path") or []) if model.get("create_new_adapter") else []
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(summary, dict):
-        raise ValueError(f"{path} should be a JSON object, got {type(summary).__name__}")
-    return summary
 
 
 def reference_path(run: SavedRun, ref_model: str | None = None) -> str | None:
