@@ -6,6 +6,7 @@ the gpu tests out, `pytest -m gpu` compiles and runs nothing else.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,89 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """w1 to w60, split at white space; id 0 is </s>."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({"</s>": 0, **{f"w{i}": i for i in range(1, 61)}}, unk_token="w1"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="w1")
+
+
+@pytest.fixture(scope="session")
+def id_pairs() -> Any:
+    """Pairs of random ids below 61, the same for the same seed: `id_pairs(18, seed=1)`."""
+    from datasets import Dataset
+
+    def make(count: int = 18, seed: int = 1) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+
+        def ids() -> list[int]:
+            length = int(torch.randint(2, 9, (), generator=generator))
+            return torch.randint(1, 61, (length,), generator=generator).tolist()
+
+        return Dataset.from_list(
+            [{"prompt_ids": ids(), "chosen_ids": [*ids(), 0], "rejected_ids": [*ids(), 0]} for _ in range(count)]
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Any:
+    """Sizes of a tiny causal LM of 61 tokens, as most architectures name them: `LlamaConfig(**tiny_config())`."""
+
+    def make(**options: Any) -> dict[str, Any]:
+        sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+        return {**sizes, **heads, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, **options}
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tiny_config: Any, id_pairs: Any, word_tokenizer: Any) -> Any:
+    """`make_trainer(folder, config=LlamaConfig(...), max_steps=4)`: a trainer on the CPU, each time the same one.
+
+    model or config: left out, a tiny Llama. data, eval_data, peft_config, callbacks as DPOTrainer takes them; any other
+    option is DPOConfig's.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from fastdpo import DPOConfig, DPOTrainer
+
+    def make(
+        folder: Path,
+        config: Any = None,
+        model: Any = None,
+        data: Any = None,
+        eval_data: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        **options: Any,
+    ) -> DPOTrainer:
+        torch.manual_seed(0)
+        if model is None:
+            model = AutoModelForCausalLM.from_config(config or LlamaConfig(**tiny_config()))
+        usual = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
+        usual |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "max_steps": 4}
+        return DPOTrainer(
+            model,
+            args=DPOConfig(output_dir=str(folder), **{**usual, **options}),
+            train_dataset=id_pairs() if data is None else data,
+            eval_dataset=eval_data,
+            processing_class=word_tokenizer,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+
+    return make
 
 
 def _repair_interpreter() -> None:

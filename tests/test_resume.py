@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from fastdpo.cli import main
 from fastdpo.training import checkpoints
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.content_hashes import MANIFEST
 from fastdpo.training.files import write_atomic
 from fastdpo.training.trainer import DPOTrainer
 
@@ -164,7 +165,8 @@ def test_without_the_saved_sums_the_first_loss_would_be_wrong(
     tmp_path: Path, undisturbed: dict[bool, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(undisturbed[False] / "checkpoint-8", tmp_path / "checkpoint-8")
-    (tmp_path / "checkpoint-8" / checkpoints.STATE_NAME).unlink()
+    for name in (checkpoints.STATE_NAME, MANIFEST):  # as another trainer writes it
+        (tmp_path / "checkpoint-8" / name).unlink()
     make(tmp_path).train(resume_from_checkpoint=True)
     assert any("has no fastdpo_state.json" in line for line in caplog.messages)
     ours, wanted = history(tmp_path), history(undisturbed[False])
@@ -290,6 +292,7 @@ def test_sharded_weights_and_adapter_folders_count_as_weights(tmp_path: Path, un
     folder = tmp_path / "checkpoint-8"
     shutil.copytree(undisturbed[False] / "checkpoint-8", folder)
     (folder / "model.safetensors").unlink()
+    (folder / MANIFEST).unlink()
     index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": torch.zeros(2)}, folder / "model-1-of-2.safetensors")

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from fastdpo.training import sync_reference
 from fastdpo.training.checkpoints import REFERENCE_NAME, CheckpointError
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.content_hashes import MANIFEST
 from fastdpo.training.reference_trainer import model_call
 from fastdpo.training.sync_reference import SyncedAdapter, SyncedModel, lora_factors, rank_limit, recompress
 from fastdpo.training.trainer import DPOTrainer
@@ -281,6 +282,8 @@ def test_resumed_run_has_the_moved_reference(tmp_path: Path, peft: bool) -> None
     assert (tmp_path / "killed" / "checkpoint-4" / REFERENCE_NAME).is_file()
     # the saved model has nothing of it
     assert not list((tmp_path / "whole").glob(f"*{REFERENCE_NAME}"))
+    for step in (4, 6):
+        (tmp_path / "killed" / f"checkpoint-{step}" / MANIFEST).unlink()
     (tmp_path / "killed" / "checkpoint-6" / REFERENCE_NAME).unlink()
     with pytest.raises(CheckpointError, match="has no reference of its own"):
         run("killed").train(resume_from_checkpoint=True)
@@ -303,6 +306,7 @@ def test_checkpoint_of_another_reference_is_named(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         kind = file.metadata()
     state = load_file(path)
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
     for change, words in (
         ({"metadata": kind}, r"have other weights \(lm_head.weight\)"),
         ({}, "its reference is of an unknown kind"),

@@ -201,4 +201,6 @@ FIELDS = (
     Field('sync_ref_model', 'bool', False, None, 'DPO, further', 'Let the reference follow the policy (TR-DPO), with an adapter too.', 'dpo', False),
     Field('ref_model_mixup_alpha', 'float', 0.6, None, 'DPO, further', 'Share of the policy when TR-DPO mixes it into the reference, in (0, 1].', 'dpo', False),
     Field('ref_model_sync_steps', 'int', 512, None, 'DPO, further', 'Update steps between two such mixtures, at least 1.', 'dpo', False),
+    Field('on_nan', 'str', 'stop', ('stop', 'continue'), 'DPO, further', 'At a loss, gradient or weight that is not finite: stop with an error, or continue with a line.', 'dpo', False),
+    Field('resume_with_other_data', 'bool', False, None, 'DPO, further', 'Resume from a checkpoint whose run trained on other rows than these.', 'dpo', False),
 )

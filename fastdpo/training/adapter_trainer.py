@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from fastdpo.training.adapters import reload_adapter, saved_at_root, trained_adapter
+from fastdpo.training.adapters import saved_at_root, trained_adapter, trained_beside
 from fastdpo.training.crash_safe import SafeCheckpointTrainer
 
 
@@ -32,18 +31,11 @@ class AdapterTrainer(SafeCheckpointTrainer):
         else:
             yield
 
-    def _load_best_model(self) -> None:
-        model, best = self.model, Path(str(self.state.best_model_checkpoint))
-        if isinstance(model, PeftModel) and not self._sharded and (best / trained_adapter(model)).is_dir():
-            reload_adapter(model, best)
-        else:
-            super()._load_best_model()
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`.
 
         Raises:
-            ValueError: nothing is trainable.
+            ValueError: nothing is trainable, or something is that belongs to no adapter and so would not be saved.
         """
         model = self.model
         if isinstance(model, nn.Module) and not any(p.requires_grad for p in model.parameters()):
@@ -51,5 +43,12 @@ class AdapterTrainer(SafeCheckpointTrainer):
             raise ValueError(
                 f"no weight {what}is trainable; load an adapter with is_trainable=True, or name it in "
                 "model_adapter_name."
+            )
+        beside = trained_beside(model) if isinstance(model, PeftModel) else []
+        if beside and not self._sharded:
+            more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+            raise ValueError(
+                f"{beside[0]}{more} would be trained and belongs to no adapter, so that neither a checkpoint nor the "
+                "final adapter would hold it; name its module in the adapter's modules_to_save, or freeze it."
             )
         return super().train(*args, **kwargs)

@@ -1,13 +1,14 @@
 """The adapters of a PEFT model: which one is trained, which one runs, which one is saved where."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -97,6 +98,25 @@ def adapter_tensors(model: nn.Module, name: str) -> Iterator[Tensor]:
                     yield from holder[name].buffers()
                 elif not isinstance(holder, nn.ModuleDict) and hasattr(holder, "keys") and name in cast(Any, holder):
                     yield cast(Any, holder)[name]
+
+
+def trained_beside(model: PeftModel) -> list[str]:
+    """Names of the trainable parameters that PEFT does not save with any adapter (it does save a LoRA's biases)."""
+    own = {id(tensor) for name in model.peft_config for tensor in adapter_tensors(model, name)}
+    beside = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    beside = [(name, tensor) for name, tensor in beside if id(tensor) not in own]
+    if not beside:
+        return []
+    saved = [tensor for name in model.peft_config for tensor in adapter_state(model, name).values()]
+    places = {tensor.data_ptr() for tensor in saved}
+    return [name for name, tensor in beside if tensor.data_ptr() not in places]
+
+
+def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter as PEFT saves them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when they are saved
+        return get_peft_model_state_dict(model, adapter_name=name)
 
 
 def plain_weights(model: nn.Module, running: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -217,10 +237,10 @@ def saved_at_root(model: PeftModel) -> Iterator[None]:
         del model.save_pretrained
 
 
-def reload_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Load the trained adapter's weights from its sub-folder of a checkpoint; what is trainable and active stays."""
-    name = trained_adapter(model)
+def reload_adapter(model: PeftModel, name: str, folder: str | os.PathLike[str]) -> None:
+    """Load the weights in `folder` into the adapter `name`; what is trainable and active stays."""
     training = model.training
-    with _restored(model):
-        model.load_adapter(str(Path(folder, name)), name, is_trainable=True)
+    with _restored(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Found missing adapter keys")  # the caller compares
+        model.load_adapter(str(folder), name, is_trainable=name == trained_adapter(model))
     model.train(training)

@@ -18,12 +18,23 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from fastdpo.training.content_hashes import changed_file
 from fastdpo.training.files import sync_folder, sync_tree, why_not_written, write_atomic
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "fastdpo_state.json"
+# what it always has
+_STATE: dict[str, Any] = {
+    "loss_since_log": float,
+    "last_logged_step": int,
+    "num_tokens": int,
+    "metric_sums": list,
+    "margins": list,
+}
 REFERENCE_NAME = "reference.safetensors"
 # the leading underscore also keeps a staging folder out of uploads of output_dir
 _STAGING = "_incomplete-checkpoint-"
@@ -120,25 +131,47 @@ def rotate(run_dir: str | os.PathLike[str], limit: int | None, keep: list[Path])
 
 
 def incomplete_reason(folder: str | os.PathLike[str], sharded: bool = False) -> str | None:
-    """Why training cannot go on from `folder`, or None when everything is there and readable.
+    """Why training cannot go on from `folder`, or None when everything is there, readable, and as it was written.
 
-    sharded: the checkpoint is DeepSpeed's or FSDP's, whose own folders hold weights and optimizer; only
-        trainer_state.json is looked at.
+    sharded: the checkpoint is DeepSpeed's or FSDP's, whose own folders hold weights and optimizer; of those only the
+        content is compared.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return "no such folder"
+    return _wrong_state(folder) or (None if sharded else _wrong_parts(folder)) or changed_file(folder)
+
+
+def _wrong_state(folder: Path) -> str | None:
+    """What is wrong with trainer_state.json or fastdpo_state.json, None where nothing is."""
     try:
-        step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        step, history = state["global_step"], state["log_history"]
+        as_trainer_writes = isinstance(step, int) and isinstance(history, list)
+        if not as_trainer_writes or not all(isinstance(line.get("step"), int | float) for line in history):
+            return f"{TRAINER_STATE_NAME} is not readable"
+        TrainerState(**state)
     except FileNotFoundError:
-        return "trainer_state.json is missing"
-    except (ValueError, KeyError, TypeError, OSError):
-        return "trainer_state.json is not readable"
-    if sharded:
-        return None
+        return f"{TRAINER_STATE_NAME} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return f"{TRAINER_STATE_NAME} is not readable"
     match = _CHECKPOINT.fullmatch(folder.name)
     if match and step != int(match[1]):
-        return f"trainer_state.json is of step {step}"
+        return f"{TRAINER_STATE_NAME} is of step {step}"
+    path = folder / STATE_NAME
+    if path.is_file():  # another trainer writes none
+        try:
+            ours = json.loads(path.read_text(encoding="utf-8"))
+            wrong = [name for name, kind in _STATE.items() if not isinstance(ours[name], kind)]
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
+            wrong = [STATE_NAME]
+        if wrong:
+            return f"{STATE_NAME} is not readable"
+    return None
+
+
+def _wrong_parts(folder: Path) -> str | None:
+    """What is wrong with the files of weights, optimizer, schedule and random numbers, None where nothing is."""
     for name in ("optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             return f"{name} is missing (was it saved with save_only_model?)"

@@ -19,6 +19,7 @@ from fastdpo.data.rows import SCORED_TURNS
 from fastdpo.losses import LossOptions
 from fastdpo.losses.options import AGGREGATES, F_DIVERGENCES
 from fastdpo.training.old_names import accepts_old_names, todays_init_kwargs
+from fastdpo.training.step_watch import ON_NAN
 from fastdpo.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,19 @@ class DPOConfig(TrainingArguments):
         default=512, metadata={"help": "Update steps between two such mixtures, at least 1."}
     )
 
+    # what a run does where it cannot go on as it was
+    on_nan: str = field(
+        default="stop",
+        metadata={
+            "help": "At a loss, gradient or weight that is not finite: stop with an error, or continue with a line.",
+            "choices": list(ON_NAN),
+        },
+    )
+    resume_with_other_data: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint whose run trained on other rows than these."},
+    )
+
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = "output"
@@ -260,7 +274,8 @@ class DPOConfig(TrainingArguments):
 
     def _check_lengths(self) -> None:
         check_truncation(self.max_length, self.truncation_mode)
-        for name, choices in (("on_overlong", ON_OVERLONG), ("scored_turns", SCORED_TURNS)):
+        named = (("on_overlong", ON_OVERLONG), ("scored_turns", SCORED_TURNS), ("on_nan", ON_NAN))
+        for name, choices in named:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("max_prompt_length", "max_completion_length"):

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from fastdpo.training import checkpoints
+from fastdpo.training.checkpoint_weights import load_adapters, load_whole_model
+from fastdpo.training.content_hashes import files_of, hash_files, write_manifest
 from fastdpo.training.disk_space import RoomCheck
-from fastdpo.training.load_errors import size_mismatch
+from fastdpo.training.step_watch import StepWatch
+from fastdpo.training.stop_signals import EvaluationLeft, Preempted, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,15 @@ class SafeCheckpointTrainer(Trainer):
     _loss_since_log: torch.Tensor | None = None
     _resumed: dict[str, Any] | None = None
     _began_at_checkpoint = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signals = StopSignals()
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        on_nan = cast(Any, self.args).on_nan
+        self._watch = StepWatch(on_nan, scaled, self._signals, self._advice_on_nan)
+        self.add_callback(self._signals)
+        self.add_callback(self._watch)
 
     def extra_state(self) -> dict[str, Any]:
         """JSON values to keep in a checkpoint; called on every process."""
@@ -60,14 +73,36 @@ class SafeCheckpointTrainer(Trainer):
             for name in checkpoints.remove_leftovers(run_dir):
                 logger.warning(f"removed {name}, which a killed run left in {run_dir}.")
         adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, run_dir, self._sharded, adapter)
+        checkpoint = self._resolve_resume(resume_from_checkpoint, run_dir, adapter)
         old = checkpoints.checkpoints_by_step(run_dir)
         if old and not resume_from_checkpoint:
             logger.warning(
                 f"{run_dir} holds checkpoints of an earlier run, up to {old[-1][1].name}; a later resume takes "
                 "the highest number, so remove them or use another output_dir."
             )
-        return super().train(checkpoint, *args, **kwargs)
+        with self._signals.caught():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _advice_on_nan(self) -> str:
+        """How to go on after a number that is not finite."""
+        args, last = self.args, checkpoints.checkpoints_by_step(str(self.args.output_dir or "."))
+        good = f"go on from {last[-1][1]}" if last else "start again (there is no checkpoint yet)"
+        lower = "with bf16 instead of fp16" if args.fp16 else f"with a learning_rate below {args.learning_rate:g}"
+        return f"{good} {lower}, or look at that step's rows; on_nan='continue' trains on all the same."
+
+    def _resolve_resume(self, resume: str | bool | None, run_dir: Path, adapter: bool) -> str | None:
+        """As `checkpoints.resolve_resume`; of several processes one looks, and all go on from the same or stop."""
+        answer: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                answer[0] = checkpoints.resolve_resume(resume, run_dir, self._sharded, adapter)
+            except checkpoints.CheckpointError as error:
+                answer[1] = str(error)
+        if self.args.world_size > 1:
+            broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise checkpoints.CheckpointError(answer[1])
+        return answer[0]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -96,6 +131,9 @@ class SafeCheckpointTrainer(Trainer):
                     self.state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoints.save_state(staged, state)
                 self.save_extra_files(staged)
+            hashes = self._hashes(staged)
+            if self.args.should_save:
+                write_manifest(staged, hashes)
                 checkpoints.publish(staged, final)
                 staging.rmdir()
                 best = self.state.best_model_checkpoint
@@ -105,6 +143,13 @@ class SafeCheckpointTrainer(Trainer):
             self._push_later = False
             super()._push_from_checkpoint(str(final))
 
+    def _hashes(self, folder: Path) -> dict[str, str]:
+        """The content hashes of all files of a checkpoint, each process looking at its share of them."""
+        self.accelerator.wait_for_everyone()
+        args = self.args
+        mine = hash_files(folder, files_of(folder)[args.process_index :: args.world_size])
+        return dict(gather_object(list(mine.items()))) if args.world_size > 1 else mine
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # the upload runs in the background and must not read a folder that is about to be renamed
         if self._staging is not None:
@@ -113,17 +158,27 @@ class SafeCheckpointTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        try:
+        if not self._read_weights(Path(resume_from_checkpoint), model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:
-            found = size_mismatch(error)
-            if found is None:
-                raise
-            name, stored, wanted = found
-            raise checkpoints.CheckpointError(
-                f"cannot resume from {resume_from_checkpoint}: {name} has shape {stored} there and {wanted} in this "
-                "run; go on with the arguments that the run began with."
-            ) from error
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        reason = checkpoints.incomplete_reason(best, self._sharded)
+        if reason is not None:
+            raise checkpoints.CheckpointError(f"the best model cannot be taken from {best}: {reason}.")
+        if not self._read_weights(best):
+            super()._load_best_model()
+
+    def _read_weights(self, folder: Path, model: Any = None) -> bool:
+        """The weights of a checkpoint, every one of them, into the model; False where an engine has its own way."""
+        if self._sharded:
+            return False
+        found = self.accelerator.unwrap_model(cast(Any, self.model if model is None else model))
+        if isinstance(found, PeftModel):
+            load_adapters(found, folder)
+        else:
+            load_whole_model(cast(PreTrainedModel, found), folder)
+        return True
 
     def _running_state(self) -> dict[str, Any]:
         loss = self._loss_since_log
@@ -136,10 +191,21 @@ class SafeCheckpointTrainer(Trainer):
             **self.extra_state(),
         }
 
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
         # the tensor that is set to zero in place when it is logged
         self._loss_since_log = tr_loss
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationLeft:
+            self._signals.stop(self.control)
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self._signals.stopping:
+            folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+            logger.warning(f"ended by a signal; {folder} is written: resume_from_checkpoint goes on from it.")
+            raise Preempted
 
     def _inner_training_loop(
         self,
@@ -177,6 +243,9 @@ class SafeCheckpointTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        self._watch.add_loss(loss)
+        if self.accelerator.sync_gradients:
+            self._watch.look_at_gradients(cast(Any, self.model))
         if self._resumed is not None:
             # Trainer's own sum is at zero before the first step, so the sum goes on as if never interrupted
             earlier = self._resumed["loss_since_log"]

@@ -5,7 +5,7 @@ so on hold `SHARD_ROWS` rows each: the sum of each completion's log-probs, the p
 completion's length (so that LD-DPO of any `ld_alpha` reads the same files) and the scored tokens. A shard appears
 whole or not at all, so a run that was killed goes on with the first one that is missing; a folder whose manifest says
 other settings is refused, never used and never overwritten. Every shard names the settings too, by their hash, so that
-two runs that begin in one empty folder cannot mix theirs.
+two runs that begin in one empty folder cannot mix theirs, and the hash of its numbers, so that a flipped bit is found.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from fastdpo.data.collate import REFERENCE_COLUMNS
 from fastdpo.data.tokenize import pair_columns
+from fastdpo.training.content_hashes import tensors_hash
 from fastdpo.training.files import write_atomic
 from fastdpo.training.fingerprints import data_hash
 from fastdpo.training.pair_logps import SequenceLogps
@@ -38,6 +39,7 @@ FORMAT = 2
 SHARD_ROWS = 256
 # in a shard's metadata
 KEY = "settings"
+HASH = "content"
 LENGTHS = ("chosen_tokens", "rejected_tokens")
 
 
@@ -95,7 +97,7 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
         for shard in mine:
             rows = dataset.select(_rows_of(shard, len(dataset))).select_columns(pair_columns(dataset.column_names))
             values = _compute(rows, shard * SHARD_ROWS, name, work)
-            _write(folder / _shard_name(shard), save(values, metadata={KEY: key}))
+            _write(folder / _shard_name(shard), save(values, metadata={KEY: key, HASH: tensors_hash(values)}))
             bar.update()
     work.wait()
     if work.process_index == 0:
@@ -194,10 +196,14 @@ def _read_shard(folder: Path, shard: int, rows: int, key: str) -> dict[str, Tens
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get(KEY)
+            metadata = file.metadata() or {}
+            found = metadata.get(KEY)
             read = {name: file.get_tensor(name) for name in (*REFERENCE_COLUMNS, *LENGTHS)}
     except (SafetensorError, OSError):
-        found, read = None, {}
+        found, read, metadata = None, {}, {}
+    if read and HASH in metadata and metadata[HASH] != tensors_hash(read):
+        logger.warning(f"{path} is not as it was written (its content hash differs) and is computed again.")
+        return None
     if read and found != key:
         raise StaleLogpsError(
             f"{path} holds reference log-probs of other settings than {MANIFEST} beside it, as if two runs had begun "

@@ -16,6 +16,7 @@ from fastdpo.training.logprob_forward import LogprobForward
 from fastdpo.training.pair_logps import SequenceLogps
 from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
 from fastdpo.training.reference import NoReference, Reference
+from fastdpo.training.run_facts import DATA, differences, run_facts
 from fastdpo.training.sync_reference import SyncCallback, SyncedAdapter, SyncedModel
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class ReferenceTrainer(AdapterTrainer):
     args: DPOConfig
     tokenizer: PreTrainedTokenizerBase
     _logprob_forward: LogprobForward
+    # of the run as it began: Trainer changes some arguments while it trains
+    _facts: dict[str, Any] | None = None
 
     def _set_reference(self, reference: Reference) -> None:
         args, policy = self.args, cast(Model, self.model)
@@ -75,7 +78,36 @@ class ReferenceTrainer(AdapterTrainer):
         """As `Trainer.train`; after it the policy is no starting policy any more."""
         if isinstance(self._reference, PrecomputedReference):
             self._reference.policy_moves()
+        self._facts = None
+        self._run_facts()
         return super().train(*args, **kwargs)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "run": self._run_facts()}
+
+    def load_extra_state(self, state: dict[str, Any] | None) -> None:
+        if state is not None and isinstance(state.get("run"), dict):
+            self._compare_runs(state["run"], self._run_facts())
+        super().load_extra_state(state)
+
+    def _run_facts(self) -> dict[str, Any]:
+        if self._facts is None:
+            model = self.accelerator.unwrap_model(cast(Any, self.model))
+            self._facts = run_facts(self.args, model, self.train_dataset, self.reference_origin)
+        return self._facts
+
+    def _compare_runs(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        other_data = None not in (old.get(DATA), new[DATA]) and old[DATA] != new[DATA]
+        if other_data and not self.args.resume_with_other_data:
+            raise checkpoints.CheckpointError(
+                "cannot resume: the checkpoint's run trained on other rows (their token ids differ, or their order), "
+                "so that the steps done and to do would be of two data sets; give the data that it began with, or set "
+                "resume_with_other_data."
+            )
+        differ = differences(old, new)
+        if self.args.should_log and (differ or other_data):
+            data = ["the rows are others"] if other_data else []
+            logger.warning(f"resume: this run differs from the checkpoint's: {'; '.join([*data, *differ])}.")
 
     def save_extra_files(self, folder: Path) -> None:
         checkpoints.save_reference(folder, self._reference.state())
