@@ -122,6 +122,19 @@ def make_trainer(tiny_config: Any, id_pairs: Any, word_tokenizer: Any) -> Any:
     return make
 
 
+@pytest.fixture
+def train_command(make_trainer: Any, tmp_path: Path) -> list[str]:
+    """`fastdpo train` of a tiny model for 4 steps, into tmp_path / "out"."""
+    trainer = make_trainer(tmp_path / "unused")
+    for part in (trainer.model, trainer.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = "".join(f'{{"prompt": "w1 w{i}", "chosen": " w{i + 9}", "rejected": " w3"}}\n' for i in range(4, 22))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    paths = {"-m": tmp_path / "model", "-d": tmp_path / "pairs.jsonl", "--output_dir": tmp_path / "out"}
+    sizes = {"--max_steps": 4, "--per_device_train_batch_size": 2, "--gradient_checkpointing": False}
+    return ["train", *(str(part) for pair in {**paths, **sizes}.items() for part in pair)]
+
+
 def _repair_interpreter() -> None:
     """Triton's interpreter truncates casts to bf16 and multiplies bf16 bit patterns; do both as hardware does."""
     import numpy as np

@@ -229,3 +229,11 @@ def test_a_config_that_was_written_by_hand_is_not_needed(make_trainer: Any, tiny
     trainer._load_from_checkpoint(str(tmp_path / "copy"))
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     assert different(tensors(trainer.model), tensors(stored)) == []
+
+
+def test_an_optimizer_of_other_parameters_is_named(make_trainer: Any, tiny_config: Sizes, tmp_path: Path) -> None:
+    make_trainer(tmp_path, save_steps=2, max_steps=2).train()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config()))
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="its optimizer is of other trainable parameters, or another optimizer"):
+        make_trainer(tmp_path, model=model, save_steps=2).train(resume_from_checkpoint=True)

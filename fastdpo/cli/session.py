@@ -112,6 +112,10 @@ class Session:
             if args.save_strategy == "no":  # else the trainer has saved them
                 trainer.save_model()
             self.report.write(args, trainer.state)
+        except SystemExit:
+            # as at the end of a run: a process that ends before the others may abort in its group's threads
+            trainer.accelerator.end_training()
+            raise
         # a bad row or checkpoint, a full disk, a package that an option needs
         except (DataError, CheckpointError, DiskError, ImportError):
             raise

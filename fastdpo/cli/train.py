@@ -28,23 +28,30 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 1 failed, 2 the input was wrong (one sentence on stderr), 130 interrupted."""
+    """Exit code: 0 done, 1 failed, 2 the input was wrong (one sentence on stderr), 130 interrupted, 143 told to end."""
     if {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         print(help_text(show_all=bool({"--help-all", "--help_all"} & set(argv))), end="")
         return 0
     debug = "--debug" in argv
+    output_dir = "output"
     try:
         # progress bars and libraries print to stdout, which is the result's
         with contextlib.redirect_stdout(sys.stderr), log_to_stderr():
-            result = run(parse(argv))
+            request = parse(argv)
+            output_dir = request.values.get("output_dir") or output_dir
+            result = run(request)
     except KeyboardInterrupt:
-        print("fastdpo train: interrupted; --resume_from_checkpoint goes on from the last checkpoint", file=sys.stderr)
+        print(f"fastdpo train: interrupted; {_how_to_go_on(output_dir)}", file=sys.stderr)
         return 130
+    except SystemExit as end:  # after a SIGTERM or SIGHUP, said already
+        return int(end.code or 0)
     except (ValueError, OSError, ImportError) as error:
         message = str(error) if _is_ours(error) else one_sentence(error)
         return fail(debug, f"fastdpo train: error: {message}", 2)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
+        if _is_ours(cause):
+            return fail(debug, f"fastdpo train: failed: {cause}", 1)
         hint = "" if debug else " (--debug shows the traceback)"
         return fail(debug, f"fastdpo train: failed: {type(cause).__name__}: {one_sentence(cause)}{hint}", 1)
     try:
@@ -55,6 +62,15 @@ def main(argv: list[str]) -> int:
         message = f"training is done and saved, but its result cannot be printed to stdout: {error.strerror}"
         return fail(debug, f"fastdpo train: failed: {message}", 1)
     return 0
+
+
+def _how_to_go_on(output_dir: str) -> str:
+    # by name alone: what would judge a checkpoint may not be imported yet
+    done = [path.parent.name for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    last = max(done, key=lambda name: int("".join(filter(str.isdigit, name)) or 0), default=None)
+    if last is None:
+        return f"there is no checkpoint in {output_dir} yet, so the same command starts from the beginning"
+    return f"--resume_from_checkpoint goes on from {Path(output_dir, last)}"
 
 
 def _is_ours(error: BaseException) -> bool:

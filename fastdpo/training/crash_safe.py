@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
+from fastdpo.data.errors import first_line
 from fastdpo.training import checkpoints
 from fastdpo.training.checkpoint_weights import load_adapters, load_whole_model
 from fastdpo.training.content_hashes import files_of, hash_files, write_manifest
@@ -160,6 +161,17 @@ class SafeCheckpointTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._read_weights(Path(resume_from_checkpoint), model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError) as error:
+            if checkpoint is None:
+                raise
+            raise checkpoints.CheckpointError(
+                f"cannot resume from {checkpoint}: its optimizer is of other trainable parameters, or another "
+                f"optimizer ({first_line(error)}); go on with the arguments that the run began with."
+            ) from error
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

@@ -115,12 +115,14 @@ class MetricTrainer(ReferenceTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         return {
+            **super().extra_state(),
             "num_tokens": self._num_tokens,
             "metric_sums": self._train_totals(),
             "margins": self._train_margins().tolist(),
         }
 
     def load_extra_state(self, state: dict[str, Any] | None) -> None:
+        super().load_extra_state(state)
         self._num_tokens = state["num_tokens"] if state else 0
         self._tokens_before = 0
         self._sums["train"].clear()

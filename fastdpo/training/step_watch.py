@@ -71,7 +71,7 @@ class StepWatch(TrainerCallback):
         self._pending.append(_Step.of(state.global_step, self._loss, self._gradients, weights, self.signals, args))
         self._loss = self._gradients = None
         waits = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
-        if self._read(0 if waits or args.device.type == "cpu" else 1):
+        if self._read(0 if waits else steps_behind(args.device)):
             self.signals.stop(control)
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -94,6 +94,11 @@ class StepWatch(TrainerCallback):
             self._looking = False
             logger.warning(f"{where}, and training goes on (on_nan is 'continue').")
         return stop
+
+
+def steps_behind(device: torch.device) -> int:
+    """How many steps may be under way while the host goes on."""
+    return 0 if device.type == "cpu" else 1
 
 
 @dataclass

@@ -1,0 +1,125 @@
+"""A resumed run says what differs from the run of its checkpoint, and refuses other data unless asked by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import IterableDataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fastdpo.training.checkpoints import STATE_NAME, CheckpointError
+from fastdpo.training.content_hashes import MANIFEST
+from fastdpo.training.run_facts import differences
+
+
+@pytest.fixture
+def started(make_trainer: Any, tmp_path: Path) -> Any:
+    """A run that has a checkpoint of step 2, and what makes its trainer again, with other options."""
+
+    def again(**options: Any) -> Any:
+        return make_trainer(tmp_path, **{"save_steps": 2, "max_steps": 3, **options})
+
+    again(max_steps=2).train()
+    return again
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for line in caplog.messages if "this run differs from the checkpoint's" in line]
+
+
+def test_every_argument_that_differs_is_named(started: Any, caplog: pytest.LogCaptureFixture) -> None:
+    started(
+        max_steps=4,
+        beta=0.3,
+        loss_type="ipo",
+        learning_rate=1e-3,
+        seed=7,
+        weight_decay=0.1,
+        lr_scheduler_type="cosine",
+        label_smoothing=0.0,
+    ).train(resume_from_checkpoint=True)
+    (line,) = said(caplog)
+    for part in (
+        "beta was 0.1 and is 0.3",
+        'loss_type was ["sigmoid"] and is ["ipo"]',
+        "learning_rate was 0.01 and is 0.001",
+        "max_steps was 2 and is 4",
+        "seed was 42 and is 7",
+        "weight_decay was 0.0 and is 0.1",
+        'lr_scheduler_type was "linear" and is "cosine"',
+    ):
+        assert part in line
+    assert line.count(" was ") == 7
+
+
+def test_the_batch_and_the_reference_are_named(
+    started: Any, tiny_config: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    started(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2).train(
+        resume_from_checkpoint=True
+    )
+    (line,) = said(caplog)
+    assert "per_device_train_batch_size was 2 and is 1" in line
+    assert "gradient_accumulation_steps was 1 and is 2" in line
+
+
+def test_an_adapter_s_settings_are_named(make_trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def run(**options: Any) -> Any:
+        lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        return make_trainer(tmp_path, peft_config=lora, save_steps=2, max_steps=2)
+
+    run().train()
+    run(lora_alpha=32, lora_dropout=0.1).train(resume_from_checkpoint=True)
+    (line,) = said(caplog)
+    assert "adapter lora_alpha was 8 and is 32; adapter lora_dropout was 0.0 and is 0.1." in line
+
+
+def test_the_same_run_says_nothing(started: Any, caplog: pytest.LogCaptureFixture) -> None:
+    started(max_steps=2, dataloader_num_workers=1, run_name="again").train(resume_from_checkpoint=True)
+    assert not said(caplog)
+
+
+def test_other_rows_are_refused_unless_asked_by_name(
+    started: Any, id_pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = id_pairs()
+    for other in (id_pairs(18, seed=3), rows.select(range(17)), rows.select([1, 0, *range(2, 18)])):
+        with pytest.raises(CheckpointError, match=r"trained on other rows .* set resume_with_other_data"):
+            started(data=other).train(resume_from_checkpoint=True)
+    trainer = started(data=id_pairs(18, seed=3), max_steps=2, resume_with_other_data=True)
+    trainer.train(resume_from_checkpoint=True)
+    assert said(caplog)[-1].endswith("differs from the checkpoint's: the rows are others.")
+    # the same rows from elsewhere are the same
+    started(data=id_pairs(), max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_stream_has_no_fingerprint(started: Any, id_pairs: Any) -> None:
+    stream = IterableDataset.from_generator(lambda: iter(id_pairs(18, seed=3)))
+    started(data=stream).train(resume_from_checkpoint=True)
+
+
+def test_an_older_checkpoint_is_taken_as_it_is(started: Any, id_pairs: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-2" / STATE_NAME
+    state = json.loads(path.read_text())
+    facts = state.pop("run")
+    assert facts["beta"] == 0.1
+    assert facts["processes"] == 1
+    assert "hub_token" not in facts
+    path.write_text(json.dumps(state))
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
+    started(data=id_pairs(18, seed=3)).train(resume_from_checkpoint=True)
+
+
+def test_differences_are_of_what_both_have() -> None:
+    old = {"a": 1, "b": [1, 2], "data": "x", "gone": 3}
+    assert differences(old, {"a": 1.0, "b": [2], "data": "y", "new": 4}) == ["b was [1, 2] and is [2]"]
+    (line,) = differences({"a": "x" * 200}, {"a": None})
+    assert len(line) < 120
+
+
+def test_another_model_is_named(started: Any, tiny_config: Any) -> None:
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config(intermediate_size=40)))
+    with pytest.raises(CheckpointError, match=r"has shape \(.*48.*\) there and \(.*40.*\) in this run"):
+        started(model=other).train(resume_from_checkpoint=True)

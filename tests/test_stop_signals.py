@@ -1,0 +1,144 @@
+"""A run that is asked to end finishes its step, writes a checkpoint and says how to go on."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastdpo.cli import main
+from fastdpo.training.checkpoints import checkpoints_by_step, incomplete_reason
+from fastdpo.training.stop_signals import Preempted
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="these are Unix signals")
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to the process in the middle of a step, of an evaluation, or of a second one."""
+
+    def __init__(self, number: int, step: int, where: str = "on_substep_end") -> None:
+        self.number, self.step = number, step
+        setattr(self, where, self._send)
+
+    def _send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), self.number)
+
+
+def losses(trainer: Any) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
+
+
+OPTIONS: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_steps": 100, "logging_steps": 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_step_is_finished_and_the_run_goes_on_as_if_nothing_had_been(
+    make_trainer: Any, tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trainer(tmp_path / "whole", **OPTIONS)
+    whole.train()
+    before = signal.getsignal(number)
+    # two steps are done and the third has begun
+    trainer = make_trainer(tmp_path / "ended", callbacks=[Signal(number, 2)], **OPTIONS)
+    with pytest.raises(Preempted) as end:
+        trainer.train()
+    assert end.value.code == 143
+    assert signal.getsignal(number) is before
+    assert [step for step, _ in checkpoints_by_step(tmp_path / "ended")] == [3]
+    assert incomplete_reason(tmp_path / "ended" / "checkpoint-3") is None
+    assert not (tmp_path / "ended" / "model.safetensors").is_file()
+    name = signal.Signals(number).name
+    assert any(line.startswith(f"{name}: a checkpoint is written at the end of this step") for line in caplog.messages)
+    assert any(f"{tmp_path / 'ended' / 'checkpoint-3'} is written: resume_from" in line for line in caplog.messages)
+    resumed = make_trainer(tmp_path / "ended", **OPTIONS)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"},
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "best",
+            "metric_for_best_model": "loss",
+            "load_best_model_at_end": True,
+        },
+    ],
+    ids=["steps", "no", "best"],
+)
+def test_an_evaluation_is_left_in_the_middle(
+    make_trainer: Any, id_pairs: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    sends = Signal(signal.SIGTERM, 2, "on_prediction_step")
+    trainer = make_trainer(tmp_path, eval_data=id_pairs(9, seed=2), callbacks=[sends], **options)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert [step for step, _ in checkpoints_by_step(tmp_path)] == [2]
+    assert incomplete_reason(tmp_path / "checkpoint-2") is None
+
+
+def test_a_signal_that_somebody_else_handles_or_ignores_stays_theirs(make_trainer: Any, tmp_path: Path) -> None:
+    seen: list[int] = []
+    found = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        callbacks = [Signal(signal.SIGTERM, 1, "on_step_begin"), Signal(signal.SIGHUP, 2, "on_step_begin")]
+        trainer = make_trainer(tmp_path, callbacks=callbacks, save_strategy="no")
+        trainer.train()
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), found, strict=True):
+            signal.signal(number, handler)
+    assert seen == [signal.SIGTERM]
+    assert trainer.state.global_step == 4
+
+
+def test_training_in_a_thread_works_without_them(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="no")
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 1
+
+
+def test_the_command_exits_with_143(
+    train_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sends_at(monkeypatch, Signal(signal.SIGTERM, 1, "on_step_begin"))
+    assert main(train_command) == 143
+    error = capfd.readouterr().err
+    assert f"{tmp_path / 'out' / 'checkpoint-2'} is written: resume_from_checkpoint goes on from it." in error
+    assert "Traceback" not in error
+    assert main([*train_command, "--resume_from_checkpoint"]) == 0
+
+
+def test_ctrl_c_says_which_checkpoint_there_is_or_that_there_is_none(
+    train_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for more, wanted in (
+        ([], f"there is no checkpoint in {tmp_path / 'out'} yet, so the same command starts from the beginning"),
+        (["--save_steps=1"], f"--resume_from_checkpoint goes on from {tmp_path / 'out' / 'checkpoint-2'}"),
+    ):
+        with monkeypatch.context() as patch:
+            sends_at(patch, Signal(signal.SIGINT, 2, "on_step_begin"))
+            assert main([*train_command, *more]) == 130
+        assert f"fastdpo train: interrupted; {wanted}" in capfd.readouterr().err
+
+
+def sends_at(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    from fastdpo.cli import session
+
+    made = session.DPOTrainer
+    patch.setattr(session, "DPOTrainer", lambda *args, **options: made(*args, **options, callbacks=[callback]))
