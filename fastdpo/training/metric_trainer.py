@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers.trainer_utils import IntervalStrategy
 
 from fastdpo.training import metrics
 from fastdpo.training.adapters import trained_adapter
@@ -17,6 +18,7 @@ from fastdpo.training.config import DPOConfig
 from fastdpo.training.eval_answers import EvaluationAnswers
 from fastdpo.training.model_card import Card, hub_names, write_card
 from fastdpo.training.reference_trainer import ReferenceTrainer
+from fastdpo.training.report import RUN_RECORD
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ logger = logging.getLogger(__name__)
 class MetricTrainer(ReferenceTrainer):
     """A training log has means over the window since the last one, over all processes.
 
-    A subclass calls `_start_metrics` and adds each batch's table to `_sums`.
+    The last window is logged too, also where `logging_steps` does not divide the steps; with `logging_strategy="no"`
+    its means are in the record at the end of training. A subclass calls `_start_metrics` and adds each batch's table to
+    `_sums`.
 
     Attributes:
         advisor: what was said about numbers out of their healthy range.
@@ -34,6 +38,8 @@ class MetricTrainer(ReferenceTrainer):
     """
 
     args: DPOConfig
+    # a run that will be resumed keeps the sums of its window in the checkpoint, and logs them when the window is full
+    _goes_on_later = False
 
     def _start_metrics(self) -> None:
         self._sums = {"train": metrics.MetricSums(), "eval": metrics.MetricSums()}
@@ -57,6 +63,9 @@ class MetricTrainer(ReferenceTrainer):
         self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
+            # else the steps since the last log are in no record; a step that was logged is not logged again
+            self.control.should_log = self.control.should_log or not self._goes_on_later
         # a pause waits for the device, so there is none in a step that only trains or logs
         away = self.control.should_evaluate or self.control.should_save
         with self._stopwatch.paused() if away else nullcontext():
@@ -84,16 +93,28 @@ class MetricTrainer(ReferenceTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed."""
+        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed.
+
+        The run's own record gets them where steps came after the last log, as TRL has it.
+        """
         if "loss" in logs:
-            totals, margins = self._train_totals(), self._train_margins()
-            self._sums["train"].clear()
-            tokens = int(totals[metrics.COLUMNS.index("num_tokens")])
-            self._num_tokens += tokens
-            found = {**metrics.averages(totals), **metrics.margin_quantiles(margins), **self._speed(tokens)}
             # the loss is Trainer's: what was optimized, accumulation steps weighing the same
-            logs.update({**found, "loss": logs["loss"], "num_tokens": self._num_tokens})
+            logs.update({**self._window_metrics(), "loss": logs["loss"]})
+        elif RUN_RECORD in logs:
+            logs.update({name: value for name, value in self._window_metrics().items() if name != "loss"})
         super().log(logs, start_time)
+
+    def _window_metrics(self) -> dict[str, float]:
+        """The means since the last log, which this ends; {} where no step was trained."""
+        totals, margins = self._train_totals(), self._train_margins()
+        self._sums["train"].clear()
+        found = metrics.averages(totals)
+        if not found:
+            return {}
+        tokens = int(totals[metrics.COLUMNS.index("num_tokens")])
+        self._num_tokens += tokens
+        found |= {**metrics.margin_quantiles(margins), **self._speed(tokens)}
+        return {**found, "num_tokens": self._num_tokens}
 
     def _speed(self, tokens: int) -> dict[str, float]:
         """Tokens of all processes per second of training, and the largest peak memory among them."""

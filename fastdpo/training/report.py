@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fastdpo import __version__
 from fastdpo.losses import LossOptions
 from fastdpo.training.files import write_atomic
+from fastdpo.training.metrics import LOGGED
 
 FOLDER = "dpo_metrics"
 FILES = ("training_metrics.csv", "training_curves.png", "summary.json", "log_history.json")
@@ -37,6 +38,7 @@ LEADING = (
 )
 # Trainer's record at the end of training: it belongs to the run, not to a step
 RUN_RECORD = "train_runtime"
+NOT_RUNTIME = LOGGED | {"step", "epoch", "total_flos"}
 # a running picture is drawn again after so many seconds: it takes one, more than a step of a small model
 DRAW_EVERY = 30.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
@@ -53,11 +55,19 @@ ESSENTIALS = (
 
 
 def metric_rows(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One dict per logged step, in step order; training and evaluation records of one step are one row."""
+    """One dict per logged step, in step order; training and evaluation records of one step are one row.
+
+    The run's record counts where it has the means of the steps since the last log.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for record in log_history:
-        if RUN_RECORD not in record:
-            rows.setdefault(int(record["step"]), {}).update(record)
+        if RUN_RECORD in record:
+            found = {name: value for name, value in record.items() if name in LOGGED or name in ("step", "epoch")}
+            if not LOGGED & found.keys():
+                continue
+        else:
+            found = record
+        rows.setdefault(int(record["step"]), {}).update(found)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -101,7 +111,7 @@ def summarize(state: TrainerState, args: TrainingArguments, details: Mapping[str
         "last_eval": evals[-1] if evals else None,
         "best": best,
         "tokens": next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), None),
-        "runtime": {name: value for name, value in run.items() if name not in ("step", "epoch", "total_flos")},
+        "runtime": {name: value for name, value in run.items() if name not in NOT_RUNTIME},
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
 
