@@ -1,4 +1,4 @@
-"""A Trainer that logs DPO's metrics, gives advice on them, and says them in the model card."""
+"""A Trainer that logs DPO's metrics, gives advice on them, writes their files, and says them in the model card."""
 
 import logging
 from contextlib import nullcontext
@@ -18,7 +18,8 @@ from fastdpo.training.config import DPOConfig
 from fastdpo.training.eval_answers import EvaluationAnswers
 from fastdpo.training.model_card import Card, hub_names, write_card
 from fastdpo.training.reference_trainer import ReferenceTrainer
-from fastdpo.training.report import RUN_RECORD
+from fastdpo.training.report import RUN_RECORD, MetricsReport
+from fastdpo.training.run_details import run_details
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class MetricTrainer(ReferenceTrainer):
 
     Attributes:
         advisor: what was said about numbers out of their healthy range.
+        report: writes the files in `dpo_metrics`; its `details` are what summary.json says beside the metrics.
         card_details: what the model card cannot know by itself: "data" (a list of names), "command", and "base" where
             the model has no name.
     """
@@ -50,6 +52,8 @@ class MetricTrainer(ReferenceTrainer):
         self.card_details: dict[str, Any] = {}
         self.advisor = Advisor(self.args)
         self.add_callback(self.advisor)
+        self.report = MetricsReport(run_details(self))
+        self.add_callback(self.report)
 
     def _answer_evaluations(self) -> None:
         """The callback of `generate_during_eval`; whole weights only."""

@@ -192,38 +192,44 @@ def draw_band(axes: Any, rows: Iterable[Mapping[str, Any]], name: str, color: An
 
 
 class MetricsReport(TrainerCallback):
-    """Write the metric files of a run, each atomically, on world process zero.
+    """Write the metric files of a run, each atomically, on world process zero, unless `args.metric_files` is off.
 
     details: what the summary says besides the metrics (model, data counts, reference, ...); it may be filled until the
     end of training. The CSV follows the run, at most once a second; everything is written at save, evaluation and end
     (the picture at the first of them, then at most every `DRAW_EVERY` seconds, and at the end where it is not of the
-    last step already).
+    last step already). An evaluation of a trainer that has not trained writes nothing: the folder may hold the files of
+    the run that trained the model.
     """
 
     def __init__(self, details: Mapping[str, Any] | None = None) -> None:
         self.details: dict[str, Any] = dict(details or {})
         self._written = self._drawn_at = -math.inf
         self._drawn: list[dict[str, Any]] | None = None
+        self._trains: bool | None = None
         self._first_step = 0
         self._earlier_run: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._trains = True
+        self._first_step, self._earlier_run = state.global_step, None
+        if not _writes(args, state):
+            return
         # a resumed run starts from the checkpoint's history: lines that a killed run wrote after it go
         folder = self._write_csv(args, state)
-        self._first_step = state.global_step
-        if state.is_world_process_zero:
-            self._earlier_run = _run_record(folder / "log_history.json")
-            for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-                leftover.unlink(missing_ok=True)
+        self._earlier_run = _run_record(folder / "log_history.json")
+        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self._written > 1.0:
+        if self._trains and _writes(args, state) and time.monotonic() - self._written > 1.0:
             self._write_csv(args, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._write(args, state, DRAW_EVERY)
+        if self._trains is not None:
+            # after training there may be no later moment to draw
+            self._write(args, state, DRAW_EVERY if self._trains else 0.0)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._write(args, state, DRAW_EVERY)
@@ -235,6 +241,7 @@ class MetricsReport(TrainerCallback):
         if earlier and state.global_step == self._first_step == earlier.get("step"):
             # a finished run was resumed and no step was trained: its own run time is worth keeping, not this one
             state.log_history = [earlier if RUN_RECORD in record else record for record in state.log_history]
+        self._trains = False
         self.write(args, state)
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -242,7 +249,7 @@ class MetricsReport(TrainerCallback):
         self._write(args, state, 0.0)
 
     def _write(self, args: TrainingArguments, state: TrainerState, draw_after: float) -> None:
-        if not state.is_world_process_zero:
+        if not _writes(args, state):
             return
         folder = self._write_csv(args, state)
         summary = summarize(state, args, self.details)
@@ -256,11 +263,14 @@ class MetricsReport(TrainerCallback):
 
     def _write_csv(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(args.output_dir or ".") / FOLDER
-        if state.is_world_process_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "training_metrics.csv", metrics_csv(state.log_history))
-            self._written = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "training_metrics.csv", metrics_csv(state.log_history))
+        self._written = time.monotonic()
         return folder
+
+
+def _writes(args: TrainingArguments, state: TrainerState) -> bool:
+    return state.is_world_process_zero and getattr(args, "metric_files", True)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
