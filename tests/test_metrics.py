@@ -179,6 +179,14 @@ def train_lines(trainer: DPOTrainer) -> list[dict[str, float]]:
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The logs of four steps, one each."""
+    trainer = make(tmp_path_factory.mktemp("alone"), logging_steps=1, lr_scheduler_type="constant")
+    trainer.train()
+    return train_lines(trainer)
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
@@ -193,12 +201,10 @@ def train_lines(trainer: DPOTrainer) -> list[dict[str, float]]:
         ({"logging_strategy": "no", "logging_first_step": True}, [1]),
     ],
 )
-def test_the_last_window_is_logged_once(tmp_path: Path, options: dict[str, Any], steps: list[int]) -> None:
-    same: dict[str, Any] = {"lr_scheduler_type": "constant"}
-    single = make(tmp_path, max_steps=4, logging_steps=1, **same)
-    single.train()
-    alone = train_lines(single)
-    trainer = make(tmp_path, **{"max_steps": 3, **same, **options})
+def test_the_last_window_is_logged_once(
+    tmp_path: Path, alone: list[dict[str, float]], options: dict[str, Any], steps: list[int]
+) -> None:
+    trainer = make(tmp_path, **{"max_steps": 3, "lr_scheduler_type": "constant", **options})
     output = trainer.train()
     lines = train_lines(trainer)
     assert [line["step"] for line in lines] == steps

@@ -119,7 +119,8 @@ class Session:
         if not self.main:
             return ""
         saved = "adapter" if self.adapter else "model"
-        return result_text(trainer.state, args, len(self.pairs), saved) + "\n"
+        files = args.metric_files and self.report.files.lost() is None
+        return result_text(trainer.state, str(args.output_dir), len(self.pairs), saved, files) + "\n"
 
     def _introduce(self) -> None:
         if not self.main:

@@ -134,8 +134,8 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def result_text(state: Any, args: Any, pairs: int, saved: str) -> str:
-    """The few lines that end a run: what changed, and where the files are. `state`, `args`: the trainer's."""
+def result_text(state: Any, output_dir: str, pairs: int, saved: str, with_metric_files: bool = True) -> str:
+    """The few lines that end a run: what changed, and where the files are. `state`: the trainer's."""
     rows = metric_rows(state.log_history)
     train = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
@@ -147,9 +147,9 @@ def result_text(state: Any, args: Any, pairs: int, saved: str) -> str:
             when = f"step {last['step']}" if first is last else f"step {first['step']} -> {last['step']}"
             changes = (_change(first, last, prefix + name, *form) for name, form in _CHANGES.items())
             lines.append(f"{what}, {when}: {', '.join(changes)}")
-    lines.append(f"{saved} and tokenizer: {args.output_dir}")
-    if args.metric_files:
-        lines.append(f"metrics: {args.output_dir}/{FOLDER} ({', '.join(METRIC_FILES)})")
+    lines.append(f"{saved} and tokenizer: {output_dir}")
+    if with_metric_files:
+        lines.append(f"metrics: {output_dir}/{FOLDER} ({', '.join(METRIC_FILES)})")
     return "\n".join(lines)
 
 

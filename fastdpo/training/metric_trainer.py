@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from fastdpo.training import metrics
 from fastdpo.training.adapters import trained_adapter
 from fastdpo.training.advice import Advisor
+from fastdpo.training.checkpoints import model_or_sentence
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.eval_answers import EvaluationAnswers
 from fastdpo.training.model_card import Card, hub_names, write_card
@@ -21,6 +22,7 @@ from fastdpo.training.reference_trainer import ReferenceTrainer
 from fastdpo.training.report import RUN_RECORD, MetricsReport
 from fastdpo.training.run_details import run_details
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
+from fastdpo.training.trackers import outlive_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class MetricTrainer(ReferenceTrainer):
             why = "FSDP and DeepSpeed split the weights" if self._sharded else "there is no whole eval_dataset"
             logger.warning(f"generate_during_eval is not used: {why}.")
             return
-        self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference))
+        self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference, self.report.files))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
@@ -80,6 +82,8 @@ class MetricTrainer(ReferenceTrainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            outlive_full_disk(callback)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -158,10 +162,21 @@ class MetricTrainer(ReferenceTrainer):
     # the model card
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; with the model's card where the folder is `args.output_dir`."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and output_dir in (None, self.args.output_dir):
-            self.create_model_card()
+        """As `Trainer.save_model`; with the model's card where the folder is `args.output_dir`.
+
+        Raises:
+            CheckpointNotWritten: for an error of the disk; the card alone can be missing, with a log line.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with model_or_sentence(str(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+        if output_dir in (None, self.args.output_dir):
+            try:
+                self.create_model_card()
+            except OSError as error:
+                logger.warning(f"the model is saved, and its README.md cannot be written: {error.strerror or error}.")
 
     def create_model_card(
         self,

@@ -4,9 +4,11 @@ Each file is a rendering of `state.log_history`, which checkpoints save and resu
 resumed therefore leaves neither a gap nor a double line.
 """
 
+import contextlib
 import csv
 import io
 import json
+import logging
 import math
 import platform
 import time
@@ -20,8 +22,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastdpo import __version__
 from fastdpo.losses import LossOptions
-from fastdpo.training.files import write_atomic
 from fastdpo.training.metrics import LOGGED
+from fastdpo.training.patient_files import PatientFiles
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "dpo_metrics"
 FILES = ("training_metrics.csv", "training_curves.png", "summary.json", "log_history.json")
@@ -197,12 +201,13 @@ class MetricsReport(TrainerCallback):
     details: what the summary says besides the metrics (model, data counts, reference, ...); it may be filled until the
     end of training. The CSV follows the run, at most once a second; everything is written at save, evaluation and end
     (the picture at the first of them, then at most every `DRAW_EVERY` seconds, and at the end where it is not of the
-    last step already). An evaluation of a trainer that has not trained writes nothing: the folder may hold the files of
-    the run that trained the model.
+    last step already). A disk that is full in between stops nothing, see `PatientFiles`. An evaluation of a trainer
+    that has not trained writes nothing: the folder may hold the files of the run that trained the model.
     """
 
     def __init__(self, details: Mapping[str, Any] | None = None) -> None:
         self.details: dict[str, Any] = dict(details or {})
+        self.files = PatientFiles("metric files")
         self._written = self._drawn_at = -math.inf
         self._drawn: list[dict[str, Any]] | None = None
         self._trains: bool | None = None
@@ -219,8 +224,9 @@ class MetricsReport(TrainerCallback):
         # a resumed run starts from the checkpoint's history: lines that a killed run wrote after it go
         folder = self._write_csv(args, state)
         self._earlier_run = _run_record(folder / "log_history.json")
-        for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that lets nothing be written lets nothing be removed
+            for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._trains and _writes(args, state) and time.monotonic() - self._written > 1.0:
@@ -243,9 +249,15 @@ class MetricsReport(TrainerCallback):
             state.log_history = [earlier if RUN_RECORD in record else record for record in state.log_history]
         self._trains = False
         self.write(args, state)
+        reason = self.files.lost()
+        if reason is not None:
+            logger.warning(
+                f"the metric files of this run are not on disk ({reason}); trainer.state.log_history and each "
+                "checkpoint's trainer_state.json have its metrics."
+            )
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Write all four files. Raises OSError where the folder cannot be written."""
+        """Write all four files."""
         self._write(args, state, 0.0)
 
     def _write(self, args: TrainingArguments, state: TrainerState, draw_after: float) -> None:
@@ -255,16 +267,15 @@ class MetricsReport(TrainerCallback):
         summary = summarize(state, args, self.details)
         summary["files"] = list(FILES)
         for name, value in (("log_history.json", state.log_history), ("summary.json", summary)):
-            write_atomic(folder / name, json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
+            self.files.write(folder / name, json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
         rows = metric_rows(state.log_history)
         if rows != self._drawn and time.monotonic() - self._drawn_at >= draw_after:
-            write_atomic(folder / "training_curves.png", curves_png(state.log_history))
+            self.files.write(folder / "training_curves.png", curves_png(state.log_history))
             self._drawn, self._drawn_at = rows, time.monotonic()
 
     def _write_csv(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(args.output_dir or ".") / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "training_metrics.csv", metrics_csv(state.log_history))
+        self.files.write(folder / "training_metrics.csv", metrics_csv(state.log_history))
         self._written = time.monotonic()
         return folder
 
