@@ -42,8 +42,6 @@ class MetricTrainer(ReferenceTrainer):
     """
 
     args: DPOConfig
-    # a run that will be resumed keeps the sums of its window in the checkpoint, and logs them when the window is full
-    _goes_on_later = False
 
     def _start_metrics(self) -> None:
         self._sums = {"train": metrics.MetricSums(), "eval": metrics.MetricSums()}
@@ -70,8 +68,9 @@ class MetricTrainer(ReferenceTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
-            # else the steps since the last log are in no record; a step that was logged is not logged again
-            self.control.should_log = self.control.should_log or not self._goes_on_later
+            # else the steps since the last log are in no record (a step that was logged is not logged again); a run that
+            # a signal ends keeps them in its checkpoint, and logs them when the window is full
+            self.control.should_log = self.control.should_log or not self._signals.stopping
         # a pause waits for the device, so there is none in a step that only trains or logs
         away = self.control.should_evaluate or self.control.should_save
         with self._stopwatch.paused() if away else nullcontext():
