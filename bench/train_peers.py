@@ -49,7 +49,8 @@ def _own(name: str) -> Entry:
     from fastdpo import DPOConfig, DPOTrainer
 
     layout = name.partition(" ")[2]
-    more = {"batch_layout": layout} if layout else {}
+    # TRL's trainer writes no such files, and a picture takes longer than a step
+    more = {"metric_files": False, **({"batch_layout": layout} if layout else {})}
     return Entry(name, own_version(), partial(trainer_of, DPOTrainer, DPOConfig, **more))
 
 

@@ -5,6 +5,7 @@ the gpu tests out, `pytest -m gpu` compiles and runs nothing else.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ["TRITON_INTERPRET"] == "1":
         _repair_interpreter()
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by a test of the real curves in `dpo_metrics`."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's curves take longer to draw than most runs of the tests take to train."""
+    report = sys.modules.get("fastdpo.training.report")
+    if report is not None and "drawn" not in request.fixturenames:
+        monkeypatch.setattr(report, "curves_png", lambda log_history: b"\x89PNG not drawn")
 
 
 @pytest.fixture(autouse=True)

@@ -492,13 +492,13 @@ def check_files(out: Path, steps: list[str]) -> dict[str, Any]:
     assert [row["step"] for row in rows] == steps
     assert float(rows[0]["loss"]) == pytest.approx(0.6931, abs=1e-4)
     assert float(rows[-1]["rewards/margins"]) != 0
-    assert (folder / "training_curves.png").stat().st_size > 5000
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "log_history.json").read_text())[0]["step"] == 1
     return json.loads((folder / "summary.json").read_text())
 
 
 def test_full_fine_tuning_from_a_config_file(
-    run: Callable[..., tuple[int, str, str]], model_dir: str, eight_pairs: str, tmp_path: Path
+    run: Callable[..., tuple[int, str, str]], model_dir: str, eight_pairs: str, tmp_path: Path, drawn: None
 ):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -515,6 +515,7 @@ def test_full_fine_tuning_from_a_config_file(
     assert ">>>" in err
     assert "step 1/3  loss 0.6931  margin +0.0000" in err
     summary = check_files(folder, ["1", "2", "3"])
+    assert (folder / "dpo_metrics/training_curves.png").stat().st_size > 5000
     assert summary["model"]["trained_as"] == "full"
     assert summary["data"]["pairs_read"] == {"train": 8, "eval": 8}
     assert summary["last_eval"]["eval_loss"] < 0.6931

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from fastdpo.training import metrics, speed
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.metrics import COLUMNS, MetricSums, margin_quantiles
+from fastdpo.training.report import metric_rows, summarize
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
 from fastdpo.training.trainer import DPOTrainer
 
@@ -161,6 +162,139 @@ def test_a_resumed_run_counts_its_own_tokens_only(tmp_path: Path, monkeypatch: p
         log["peak_memory_gb"] = 0.0
     assert {**first, "tokens_per_second": 0.0} == {**again, "tokens_per_second": 0.0}
     assert 0 < again["tokens_per_second"] * 2 < first["num_tokens"]
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early; `event`: where the callback is called."""
+
+    def __init__(self, step: int, event: str) -> None:
+        self.step = step
+        setattr(self, event, self._stop)
+
+    def _stop(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+class Signal(TrainerCallback):
+    """What a SIGTERM does at step 3."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.trainer._signals.stop(control)
+
+
+def train_lines(trainer: DPOTrainer) -> list[dict[str, float]]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The logs of four steps, one each."""
+    trainer = make(tmp_path_factory.mktemp("alone"), logging_steps=1, lr_scheduler_type="constant")
+    trainer.train()
+    return train_lines(trainer)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"logging_steps": 10}, [3]),
+        ({"logging_steps": 2}, [2, 3]),
+        ({"logging_steps": 1}, [1, 2, 3]),
+        ({"logging_steps": 0.4}, [2, 3]),
+        ({"logging_steps": 10, "logging_first_step": True}, [1, 3]),
+        ({"logging_strategy": "epoch"}, [3]),
+        ({"max_steps": -1, "num_train_epochs": 1, "logging_strategy": "epoch"}, [4]),
+        ({"max_steps": -1, "num_train_epochs": 1, "logging_steps": 3}, [3, 4]),
+        ({"logging_strategy": "no", "logging_first_step": True}, [1]),
+    ],
+)
+def test_the_last_window_is_logged_once(
+    tmp_path: Path, alone: list[dict[str, float]], options: dict[str, Any], steps: list[int]
+) -> None:
+    trainer = make(tmp_path, **{"max_steps": 3, "lr_scheduler_type": "constant", **options})
+    output = trainer.train()
+    lines = train_lines(trainer)
+    assert [line["step"] for line in lines] == steps
+    for line, before in zip(lines, [0, *steps], strict=False):
+        assert line.keys() == alone[0].keys()
+        window = alone[before : int(line["step"])]
+        for name in ("rewards/margins", "length/chosen", "loss"):
+            assert line[name] == pytest.approx(np.mean([one[name] for one in window])), (name, line["step"])
+        # the step's own
+        assert [line["num_tokens"], line["epoch"]] == [window[-1]["num_tokens"], window[-1]["epoch"]]
+    known = alone[: trainer.state.global_step]
+    assert output.training_loss == pytest.approx(np.mean([one["loss"] for one in known]))
+    # nothing is said twice: the run's own record has a window only where no log took it
+    assert ("rewards/margins" in trainer.state.log_history[-1]) == (options.get("logging_strategy") == "no")
+
+
+def test_without_logs_the_run_s_record_has_the_metrics_and_the_table_a_line(tmp_path: Path) -> None:
+    whole = make(tmp_path / "logged", save_strategy="steps", save_steps=2)
+    whole.train()
+    folder = tmp_path / "silent"
+    silent = make(folder, logging_strategy="no", save_strategy="steps", save_steps=2)
+    silent.train()
+    resumed = make(folder, logging_strategy="no", save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
+    (line,) = train_lines(whole)
+    for trainer in (silent, resumed):
+        (record,) = trainer.state.log_history
+        assert "loss" not in record
+        for name in metrics.LOGGED & line.keys() - {"tokens_per_second", "peak_memory_gb"}:
+            assert record[name] == line[name], name
+        (row,) = metric_rows(trainer.state.log_history)
+        assert row.keys() <= metrics.LOGGED | {"step", "epoch"}
+        assert row["rewards/margins"] == line["rewards/margins"]
+        runtime = summarize(trainer.state, trainer.args, {})["runtime"]
+        assert runtime.keys() == {key for key in record if key.startswith("train_")}
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate", "on_save", "on_epoch_end"])
+def test_a_run_that_a_callback_stops_logs_its_last_window(tmp_path: Path, event: str) -> None:
+    often = {"on_log": {"logging_steps": 2}, "on_epoch_end": {"max_steps": 12}}.get(event, {"logging_steps": 10})
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make(tmp_path, **{"max_steps": 8, "logging_steps": 10, **every, **often})
+    trainer.add_callback(StopAt(2, event))
+    trainer.train()
+    stopped = 4 if event == "on_epoch_end" else 2
+    assert trainer.state.global_step == stopped
+    assert [line["step"] for line in train_lines(trainer)] == [stopped]
+
+
+def test_a_resumed_run_ends_with_the_same_window(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_steps": 5}
+    whole = make(tmp_path, **options)
+    whole.train()
+    resumed = make(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    clock = ("tokens_per_second", "peak_memory_gb")
+    wanted = [{name: value for name, value in line.items() if name not in clock} for line in train_lines(whole)]
+    assert [line["step"] for line in wanted] == [3, 5]
+    for trainer in (resumed, again):
+        lines = [{name: value for name, value in line.items() if name not in clock} for line in train_lines(trainer)]
+        assert lines == wanted
+
+
+def test_a_run_that_a_signal_ends_leaves_its_window_to_the_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 10}
+    first = make(tmp_path, **options)
+    first.add_callback(Signal(first))
+    with pytest.raises(SystemExit):
+        first.train()
+    assert train_lines(first) == []
+    second = make(tmp_path, **options)
+    second.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "whole")
+    whole.train()
+    (line,), (wanted,) = train_lines(second), train_lines(whole)
+    for name in ("step", "loss", "rewards/margins", "num_tokens"):
+        assert line[name] == wanted[name], name
 
 
 def test_the_stopwatch_runs_only_between_start_and_stop() -> None:

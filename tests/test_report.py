@@ -105,6 +105,9 @@ def test_the_files_follow_a_run_and_only_the_first_process_writes(args: Training
     assert not metrics.exists()
     report, state = MetricsReport(), TrainerState(log_history=[record(1, 0.7)])
     report.on_log(args, state, control)
+    report.on_evaluate(args, state, control)
+    assert not metrics.exists(), "an evaluation alone is no run"
+    report.on_train_begin(args, state, control)
     assert [path.name for path in metrics.iterdir()] == ["training_metrics.csv"], "a log writes the CSV only"
     report.on_evaluate(args, state, control)
     names = ["log_history.json", "summary.json", "training_curves.png", "training_metrics.csv"]
@@ -119,6 +122,7 @@ def test_the_picture_is_drawn_once_where_nothing_changes_and_seldom_while_it_run
     monkeypatch.setattr(report_module, "curves_png", lambda log: drawn.append(len(metric_rows(log))) or b"png")
     control, report = TrainerControl(), MetricsReport()
     state = TrainerState(log_history=[record(1, 0.7)])
+    report.on_train_begin(args, state, control)
     report.on_save(args, state, control)
     state.log_history.append(record(2, 0.6))
     report.on_evaluate(args, state, control)

@@ -170,6 +170,7 @@ FIELDS = (
     Field('do_eval', 'bool', False, None, 'inherited from TrainingArguments', 'Whether to run evaluation', 'dpo', False),
     Field('do_predict', 'bool', False, None, 'inherited from TrainingArguments', 'Whether to run predictions on the test set', 'dpo', False),
     Field('local_rank', 'int', -1, None, 'inherited from TrainingArguments', 'When using torch.distributed.launch (Deprecated), it will pass local_rank in the script, so we need this for the parser', 'dpo', False),
+    Field('metric_files', 'bool', True, None, 'DPO, further', 'Write table, curves and summary of the run to dpo_metrics in output_dir.', 'dpo', False),
     Field('model_init_kwargs', 'dict | str | None', None, None, 'DPO, further', 'Arguments of from_pretrained for a model given as a path, as a dict or JSON.', 'dpo', False),
     Field('ref_model_init_kwargs', 'dict | str | None', None, None, 'DPO, further', 'The same for a ref_model given as a path; unset: as model_init_kwargs.', 'dpo', False),
     Field('router_aux_loss_coef', 'float | None', None, None, 'DPO, further', "Weight of a mixture of experts' load-balancing loss; unset: the model's own.", 'dpo', False),

@@ -19,7 +19,6 @@ from fastdpo.training.checkpoints import CheckpointError, resolve_resume
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.disk_space import check_room, model_size
 from fastdpo.training.files import DiskError
-from fastdpo.training.report import MetricsReport
 from fastdpo.training.trainer import DPOTrainer
 
 # what summary.json says of a model where it is asked for
@@ -89,13 +88,13 @@ class Session:
         }
         if option["create_new_adapter"]:
             self.trainer.card_details["base"] = self._model_name()
-        self.report = MetricsReport(self._details())
+        self.report = self.trainer.report
+        self.report.details |= self._details()
         for callback in (ProgressCallback, PrinterCallback):
             self.trainer.remove_callback(callback)
         if not args.disable_tqdm:
             self.trainer.add_callback(ProgressBar())
         self.trainer.add_callback(LogLines())
-        self.trainer.add_callback(self.report)
 
     def train(self) -> str:
         """Train, save model or adapter, tokenizer and metric files; the result's text, "" on other processes."""
@@ -111,7 +110,6 @@ class Session:
                 trainer.evaluate()
             if args.save_strategy == "no":  # else the trainer has saved them
                 trainer.save_model()
-            self.report.write(args, trainer.state)
         except SystemExit:
             # as at the end of a run: a process that ends before the others may abort in its group's threads
             trainer.accelerator.end_training()
@@ -125,7 +123,8 @@ class Session:
         if not self.main:
             return ""
         saved = "adapter" if self.adapter else "model"
-        return result_text(trainer.state, str(args.output_dir), len(self.pairs), saved) + "\n"
+        files = args.metric_files and self.report.files.lost() is None
+        return result_text(trainer.state, str(args.output_dir), len(self.pairs), saved, files) + "\n"
 
     def _introduce(self) -> None:
         if not self.main:
@@ -148,7 +147,7 @@ class Session:
         return f"{name} with {' and '.join(merged)} merged" if self.option["create_new_adapter"] else name
 
     def _details(self) -> dict[str, Any]:
-        """What summary.json says besides the metrics."""
+        """What summary.json says of model and data: more than the trainer knows."""
         option = self.option
         model: dict[str, Any] = {"name_or_path": self._model_name(), "revision": option["model_revision"]}
         model["trained_as"] = "lora" if self.adapter else "full"
@@ -160,12 +159,4 @@ class Session:
         data |= {name: option[name] for name in TAKEN if option[name] != DEFAULTS[name]}
         data["pairs_read"] = self.given
         data["tokenized"] = {name: report.as_dict() for name, report in self.trainer.tokenize_reports.items()}
-        trainer = self.trainer
-        reference = {**trainer.reference_origin, "description": trainer.reference_description}
-        return {
-            "model": model,
-            "data": data,
-            "batches": trainer.layout_description,
-            "reference": reference,
-            "advice": trainer.advisor.given,
-        }
+        return {"model": model, "data": data}

@@ -134,7 +134,7 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def result_text(state: Any, output_dir: str, pairs: int, saved: str) -> str:
+def result_text(state: Any, output_dir: str, pairs: int, saved: str, with_metric_files: bool = True) -> str:
     """The few lines that end a run: what changed, and where the files are. `state`: the trainer's."""
     rows = metric_rows(state.log_history)
     train = [row for row in rows if "loss" in row]
@@ -148,7 +148,8 @@ def result_text(state: Any, output_dir: str, pairs: int, saved: str) -> str:
             changes = (_change(first, last, prefix + name, *form) for name, form in _CHANGES.items())
             lines.append(f"{what}, {when}: {', '.join(changes)}")
     lines.append(f"{saved} and tokenizer: {output_dir}")
-    lines.append(f"metrics: {output_dir}/{FOLDER} ({', '.join(METRIC_FILES)})")
+    if with_metric_files:
+        lines.append(f"metrics: {output_dir}/{FOLDER} ({', '.join(METRIC_FILES)})")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointNotWritten(RuntimeError):
-    """A checkpoint could not be written, and nothing of it is left; the message is one sentence."""
+    """A checkpoint (nothing of it is left), or the model, could not be written; the message is one sentence."""
 
 
 class ReferenceState(dict[str, Tensor]):
@@ -86,6 +86,21 @@ def whole_or_nothing(staging: Path, final: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointNotWritten(
             f"{final} cannot be written: {reason}; make room, and go on from an earlier one with resume_from_checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def model_or_sentence(folder: str) -> Iterator[None]:
+    """For writing a model outside of checkpoints. Raises CheckpointNotWritten for an error of the disk."""
+    try:
+        yield
+    except Exception as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
+        raise CheckpointNotWritten(
+            f"the model cannot be written to {folder}: {reason}; what is there of it is not whole: make room, and save "
+            "it again, or go on from a checkpoint with resume_from_checkpoint, which saves it at the end"
         ) from error
 
 

@@ -65,6 +65,9 @@ class DPOConfig(TrainingArguments):
         default="none",
         metadata={"help": "Trackers to log to: all, none, or names such as tensorboard, wandb."},
     )
+    metric_files: bool = field(
+        default=True, metadata={"help": "Write table, curves and summary of the run to dpo_metrics in `output_dir`."}
+    )
 
     # the model
     model_init_kwargs: dict[str, Any] | str | None = field(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.training.adapter_reference import AdapterOff, OtherAdapter, evaluating, find_peft
 from fastdpo.training.answers import generate_answer
-from fastdpo.training.files import write_atomic
+from fastdpo.training.patient_files import PatientFiles
 from fastdpo.training.reference import FrozenModel, Reference
 from fastdpo.training.report import FOLDER
 
@@ -30,8 +30,15 @@ class EvaluationAnswers(TrainerCallback):
     Answers are greedy, of at most 128 tokens. TRL up to 0.28 sampled them and sent them to a tracker.
     """
 
-    def __init__(self, policy: Any, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, reference: Reference) -> None:
-        self.policy, self.tokenizer, self.dataset = policy, tokenizer, dataset
+    def __init__(
+        self,
+        policy: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Dataset,
+        reference: Reference,
+        files: PatientFiles,
+    ) -> None:
+        self.policy, self.tokenizer, self.dataset, self.files = policy, tokenizer, dataset, files
         self.reference = _generating(policy, reference)
         if self.reference is None:
             logger.warning(f"generate_during_eval: the policy alone answers, the reference is {reference.description}.")
@@ -43,9 +50,11 @@ class EvaluationAnswers(TrainerCallback):
         rows = [self._answers(list(prompt), state.global_step) for prompt in prompts]
         path = Path(args.output_dir, FOLDER, NAME)
         # of a resumed run what came after its checkpoint is written again
-        kept = [line for line in _lines(path) if json.loads(line)["step"] < state.global_step]
+        kept = [
+            line for line in (self.files.read(path) or "").splitlines() if json.loads(line)["step"] < state.global_step
+        ]
         lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
-        write_atomic(path, "".join(f"{line}\n" for line in lines))
+        self.files.write(path, "".join(f"{line}\n" for line in lines))
 
     def _answers(self, prompt: list[int], step: int) -> dict[str, Any]:
         row: dict[str, Any] = {"step": step, "prompt": self.tokenizer.decode(prompt)}
@@ -70,7 +79,3 @@ def _generating(policy: Any, reference: Reference) -> tuple[Any, Callable[[], Ab
     if isinstance(reference, AdapterOff | OtherAdapter):
         return policy, lambda: cast(Any, reference).switch(find_peft(policy))
     return None
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

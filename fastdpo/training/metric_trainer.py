@@ -1,4 +1,4 @@
-"""A Trainer that logs DPO's metrics, gives advice on them, and says them in the model card."""
+"""A Trainer that logs DPO's metrics, gives advice on them, writes their files, and says them in the model card."""
 
 import logging
 from contextlib import nullcontext
@@ -9,15 +9,20 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers.trainer_utils import IntervalStrategy
 
 from fastdpo.training import metrics
 from fastdpo.training.adapters import trained_adapter
 from fastdpo.training.advice import Advisor
+from fastdpo.training.checkpoints import model_or_sentence
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.eval_answers import EvaluationAnswers
 from fastdpo.training.model_card import Card, hub_names, write_card
 from fastdpo.training.reference_trainer import ReferenceTrainer
+from fastdpo.training.report import RUN_RECORD, MetricsReport
+from fastdpo.training.run_details import run_details
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
+from fastdpo.training.trackers import outlive_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +30,13 @@ logger = logging.getLogger(__name__)
 class MetricTrainer(ReferenceTrainer):
     """A training log has means over the window since the last one, over all processes.
 
-    A subclass calls `_start_metrics` and adds each batch's table to `_sums`.
+    The last window is logged too, also where `logging_steps` does not divide the steps; with `logging_strategy="no"`
+    its means are in the record at the end of training. A subclass calls `_start_metrics` and adds each batch's table to
+    `_sums`.
 
     Attributes:
         advisor: what was said about numbers out of their healthy range.
+        report: writes the files in `dpo_metrics`; its `details` are what summary.json says beside the metrics.
         card_details: what the model card cannot know by itself: "data" (a list of names), "command", and "base" where
             the model has no name.
     """
@@ -44,6 +52,8 @@ class MetricTrainer(ReferenceTrainer):
         self.card_details: dict[str, Any] = {}
         self.advisor = Advisor(self.args)
         self.add_callback(self.advisor)
+        self.report = MetricsReport(run_details(self))
+        self.add_callback(self.report)
 
     def _answer_evaluations(self) -> None:
         """The callback of `generate_during_eval`; whole weights only."""
@@ -54,9 +64,13 @@ class MetricTrainer(ReferenceTrainer):
             why = "FSDP and DeepSpeed split the weights" if self._sharded else "there is no whole eval_dataset"
             logger.warning(f"generate_during_eval is not used: {why}.")
             return
-        self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference))
+        self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference, self.report.files))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
+            # else the steps since the last log are in no record (a step that was logged is not logged again); a run
+            # that a signal ends keeps them in its checkpoint, and logs them when the window is full
+            self.control.should_log = self.control.should_log or not self._signals.stopping
         # a pause waits for the device, so there is none in a step that only trains or logs
         away = self.control.should_evaluate or self.control.should_save
         with self._stopwatch.paused() if away else nullcontext():
@@ -67,6 +81,8 @@ class MetricTrainer(ReferenceTrainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            outlive_full_disk(callback)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -84,16 +100,28 @@ class MetricTrainer(ReferenceTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed."""
+        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed.
+
+        The run's own record gets them where steps came after the last log, as TRL has it.
+        """
         if "loss" in logs:
-            totals, margins = self._train_totals(), self._train_margins()
-            self._sums["train"].clear()
-            tokens = int(totals[metrics.COLUMNS.index("num_tokens")])
-            self._num_tokens += tokens
-            found = {**metrics.averages(totals), **metrics.margin_quantiles(margins), **self._speed(tokens)}
             # the loss is Trainer's: what was optimized, accumulation steps weighing the same
-            logs.update({**found, "loss": logs["loss"], "num_tokens": self._num_tokens})
+            logs.update({**self._window_metrics(), "loss": logs["loss"]})
+        elif RUN_RECORD in logs:
+            logs.update({name: value for name, value in self._window_metrics().items() if name != "loss"})
         super().log(logs, start_time)
+
+    def _window_metrics(self) -> dict[str, float]:
+        """The means since the last log, which this ends; {} where no step was trained."""
+        totals, margins = self._train_totals(), self._train_margins()
+        self._sums["train"].clear()
+        found = metrics.averages(totals)
+        if not found:
+            return {}
+        tokens = int(totals[metrics.COLUMNS.index("num_tokens")])
+        self._num_tokens += tokens
+        found |= {**metrics.margin_quantiles(margins), **self._speed(tokens)}
+        return {**found, "num_tokens": self._num_tokens}
 
     def _speed(self, tokens: int) -> dict[str, float]:
         """Tokens of all processes per second of training, and the largest peak memory among them."""
@@ -135,10 +163,21 @@ class MetricTrainer(ReferenceTrainer):
     # the model card
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; with the model's card where the folder is `args.output_dir`."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and output_dir in (None, self.args.output_dir):
-            self.create_model_card()
+        """As `Trainer.save_model`; with the model's card where the folder is `args.output_dir`.
+
+        Raises:
+            CheckpointNotWritten: for an error of the disk; the card alone can be missing, with a log line.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with model_or_sentence(str(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+        if output_dir in (None, self.args.output_dir):
+            try:
+                self.create_model_card()
+            except OSError as error:
+                logger.warning(f"the model is saved, and its README.md cannot be written: {error.strerror or error}.")
 
     def create_model_card(
         self,

@@ -31,6 +31,10 @@ LENGTHS = {"length/chosen": "chosen_tokens", "length/rejected": "rejected_tokens
 # of the pairs' margins in the window
 QUANTILES = {"rewards/margins_p10": 0.1, "rewards/margins_p50": 0.5, "rewards/margins_p90": 0.9}
 COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "num_tokens")
+# what a log has beside the loss, whose window Trainer averages
+LOGGED = frozenset(
+    {*PAIR_MEANS, *TOKEN_MEANS, *LENGTHS, *QUANTILES, "num_tokens", "tokens_per_second", "peak_memory_gb"} - {"loss"}
+)
 PREDICTIONS = (
     "rewards/chosen",
     "rewards/rejected",

@@ -4,9 +4,11 @@ Each file is a rendering of `state.log_history`, which checkpoints save and resu
 resumed therefore leaves neither a gap nor a double line.
 """
 
+import contextlib
 import csv
 import io
 import json
+import logging
 import math
 import platform
 import time
@@ -20,7 +22,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastdpo import __version__
 from fastdpo.losses import LossOptions
-from fastdpo.training.files import write_atomic
+from fastdpo.training.metrics import LOGGED
+from fastdpo.training.patient_files import PatientFiles
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "dpo_metrics"
 FILES = ("training_metrics.csv", "training_curves.png", "summary.json", "log_history.json")
@@ -37,6 +42,7 @@ LEADING = (
 )
 # Trainer's record at the end of training: it belongs to the run, not to a step
 RUN_RECORD = "train_runtime"
+NOT_RUNTIME = LOGGED | {"step", "epoch", "total_flos"}
 # a running picture is drawn again after so many seconds: it takes one, more than a step of a small model
 DRAW_EVERY = 30.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
@@ -53,11 +59,19 @@ ESSENTIALS = (
 
 
 def metric_rows(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One dict per logged step, in step order; training and evaluation records of one step are one row."""
+    """One dict per logged step, in step order; training and evaluation records of one step are one row.
+
+    The run's record counts where it has the means of the steps since the last log.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for record in log_history:
-        if RUN_RECORD not in record:
-            rows.setdefault(int(record["step"]), {}).update(record)
+        if RUN_RECORD in record:
+            found = {name: value for name, value in record.items() if name in LOGGED or name in ("step", "epoch")}
+            if not LOGGED & found.keys():
+                continue
+        else:
+            found = record
+        rows.setdefault(int(record["step"]), {}).update(found)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -101,7 +115,7 @@ def summarize(state: TrainerState, args: TrainingArguments, details: Mapping[str
         "last_eval": evals[-1] if evals else None,
         "best": best,
         "tokens": next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), None),
-        "runtime": {name: value for name, value in run.items() if name not in ("step", "epoch", "total_flos")},
+        "runtime": {name: value for name, value in run.items() if name not in NOT_RUNTIME},
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
 
@@ -182,38 +196,46 @@ def draw_band(axes: Any, rows: Iterable[Mapping[str, Any]], name: str, color: An
 
 
 class MetricsReport(TrainerCallback):
-    """Write the metric files of a run, each atomically, on world process zero.
+    """Write the metric files of a run, each atomically, on world process zero, unless `args.metric_files` is off.
 
     details: what the summary says besides the metrics (model, data counts, reference, ...); it may be filled until the
     end of training. The CSV follows the run, at most once a second; everything is written at save, evaluation and end
     (the picture at the first of them, then at most every `DRAW_EVERY` seconds, and at the end where it is not of the
-    last step already).
+    last step already). A disk that is full in between stops nothing, see `PatientFiles`. An evaluation of a trainer
+    that has not trained writes nothing: the folder may hold the files of the run that trained the model.
     """
 
     def __init__(self, details: Mapping[str, Any] | None = None) -> None:
         self.details: dict[str, Any] = dict(details or {})
+        self.files = PatientFiles("metric files")
         self._written = self._drawn_at = -math.inf
         self._drawn: list[dict[str, Any]] | None = None
+        self._trains: bool | None = None
         self._first_step = 0
         self._earlier_run: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._trains = True
+        self._first_step, self._earlier_run = state.global_step, None
+        if not _writes(args, state):
+            return
         # a resumed run starts from the checkpoint's history: lines that a killed run wrote after it go
         folder = self._write_csv(args, state)
-        self._first_step = state.global_step
-        if state.is_world_process_zero:
-            self._earlier_run = _run_record(folder / "log_history.json")
+        self._earlier_run = _run_record(folder / "log_history.json")
+        with contextlib.suppress(OSError):  # a disk that lets nothing be written lets nothing be removed
             for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self._written > 1.0:
+        if self._trains and _writes(args, state) and time.monotonic() - self._written > 1.0:
             self._write_csv(args, state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._write(args, state, DRAW_EVERY)
+        if self._trains is not None:
+            # after training there may be no later moment to draw
+            self._write(args, state, DRAW_EVERY if self._trains else 0.0)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._write(args, state, DRAW_EVERY)
@@ -225,32 +247,41 @@ class MetricsReport(TrainerCallback):
         if earlier and state.global_step == self._first_step == earlier.get("step"):
             # a finished run was resumed and no step was trained: its own run time is worth keeping, not this one
             state.log_history = [earlier if RUN_RECORD in record else record for record in state.log_history]
+        self._trains = False
         self.write(args, state)
+        reason = self.files.lost()
+        if reason is not None:
+            logger.warning(
+                f"the metric files of this run are not on disk ({reason}); trainer.state.log_history and each "
+                "checkpoint's trainer_state.json have its metrics."
+            )
 
     def write(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Write all four files. Raises OSError where the folder cannot be written."""
+        """Write all four files."""
         self._write(args, state, 0.0)
 
     def _write(self, args: TrainingArguments, state: TrainerState, draw_after: float) -> None:
-        if not state.is_world_process_zero:
+        if not _writes(args, state):
             return
         folder = self._write_csv(args, state)
         summary = summarize(state, args, self.details)
         summary["files"] = list(FILES)
         for name, value in (("log_history.json", state.log_history), ("summary.json", summary)):
-            write_atomic(folder / name, json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
+            self.files.write(folder / name, json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
         rows = metric_rows(state.log_history)
         if rows != self._drawn and time.monotonic() - self._drawn_at >= draw_after:
-            write_atomic(folder / "training_curves.png", curves_png(state.log_history))
+            self.files.write(folder / "training_curves.png", curves_png(state.log_history))
             self._drawn, self._drawn_at = rows, time.monotonic()
 
     def _write_csv(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(args.output_dir or ".") / FOLDER
-        if state.is_world_process_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "training_metrics.csv", metrics_csv(state.log_history))
-            self._written = time.monotonic()
+        self.files.write(folder / "training_metrics.csv", metrics_csv(state.log_history))
+        self._written = time.monotonic()
         return folder
+
+
+def _writes(args: TrainingArguments, state: TrainerState) -> bool:
+    return state.is_world_process_zero and getattr(args, "metric_files", True)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

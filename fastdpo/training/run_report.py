@@ -73,7 +73,9 @@ def _metrics_folder(folder: str) -> Path:
     for candidate in (path / FOLDER, path):
         if (candidate / "training_metrics.csv").is_file():
             return candidate.resolve()
-    raise ValueError(f"{folder} is no run: it has no {FOLDER}/training_metrics.csv, which fastdpo train writes")
+    raise ValueError(
+        f"{folder} is no run: it has no {FOLDER}/training_metrics.csv, which a run writes unless metric_files is off"
+    )
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
