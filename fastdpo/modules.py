@@ -12,6 +12,7 @@ from fastdpo.losses import LossOptions, PairLogps, PreferenceOutput, ld_mask_wei
 from fastdpo.losses.preference import pair_losses
 from fastdpo.ops.linear_logprob import linear_logprob, linear_logprob_stats
 from fastdpo.ops.sequence import segment_sum
+from fastdpo.ops.tensor_kinds import check_tensors
 
 
 class DPOLoss(nn.Module):
@@ -58,6 +59,7 @@ class DPOLoss(nn.Module):
             lengths: (2B,) scored tokens of each row, for losses that average over them; without lengths they take
                 the log-probs as averages already.
         """
+        check_tensors("DPOLoss", policy_logps=policy_logps, ref_logps=ref_logps, lengths=lengths)
         if ref_logps is None:
             if self.options.needs_reference:
                 raise ValueError(
@@ -158,7 +160,7 @@ class FusedLinearDPOLoss(DPOLoss):
         Raises:
             ValueError: neither or both of ref_hidden and ref_logps, where a loss reads the reference.
         """
-        self._check(hidden, labels, ref_hidden, ref_weight, ref_bias, ref_logps)
+        self._check(weight, hidden, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps)
         if self.shift:
             labels = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
         scored = labels != self.ignore_index
@@ -201,14 +203,18 @@ class FusedLinearDPOLoss(DPOLoss):
 
     def _check(
         self,
+        weight: Tensor,
         hidden: Tensor,
         labels: Tensor,
+        bias: Tensor | None,
         ref_hidden: Tensor | None,
         ref_weight: Tensor | None,
         ref_bias: Tensor | None,
         ref_logps: Tensor | None,
     ) -> None:
         what = "FusedLinearDPOLoss"
+        check_tensors(what, weight=weight, hidden=hidden, labels=labels, bias=bias)
+        check_tensors(what, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, ref_logps=ref_logps)
         none = ref_hidden is None and ref_logps is None
         if (ref_hidden is not None and ref_logps is not None) or (none and self.options.needs_reference):
             raise ValueError(f"{what}: pass either ref_hidden or ref_logps, the reference policy's.")
@@ -217,7 +223,8 @@ class FusedLinearDPOLoss(DPOLoss):
         if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
             raise ValueError(
                 f"{what}: hidden must be (2B, T, H) and labels (2B, T), got {tuple(hidden.shape)} and "
-                f"{tuple(labels.shape)}."
+                f"{tuple(labels.shape)}"
+                f"{'; weight comes first, then hidden' if weight.dim() == 3 and hidden.dim() == 2 else ''}."
             )
         if len(hidden) == 0 or len(hidden) % 2:
             raise ValueError(f"{what}: hidden must hold chosen rows and as many rejected rows, got {len(hidden)} rows.")

@@ -59,7 +59,7 @@ def test_real_heads_against_fp64(gemm, head, keep, monkeypatch):
     assert plan.path == ("recompute" if keep == "0" else "kept")
     found = run(hidden, weight, labels, (True, True))
     up = torch.linspace(-1, 1, n, device="cuda", dtype=torch.float64)
-    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     truth = reference.linear_logprob(*wide, labels)
     truth.backward(up)
     exact = [x.grad for x in wide if x.grad is not None]

@@ -569,6 +569,35 @@ def test_reference_backend_gives_the_same_statistics(monkeypatch):
         assert torch.allclose(a.float(), b.float(), atol=1e-4)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_impossible_tokens_cost_no_statistic(backend, softcap, monkeypatch):
+    """A bias of -inf takes tokens out: every backend, the reference too, has the values and gradients of fp64."""
+    names = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
+    some, alone = torch.zeros(300, dtype=F64), torch.full((300,), -math.inf, dtype=F64)
+    some[[0, 3, 200]], alone[7] = -math.inf, 0.0
+    hidden, weight = torch.randn(6, 16, dtype=F64), torch.randn(300, 16, dtype=F64) / 4
+    sort = {"fused": torch.bfloat16}.get(backend, torch.float32)
+    hidden, weight = hidden.to(sort).to(F64), weight.to(sort).to(F64)
+
+    def run(bias: Tensor, labels: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (hidden, weight, bias)]
+        found = linear_logprob_stats(*leaves[:2], labels, bias=leaves[2], stats=names, softcap=softcap)
+        # an impossible target's log-prob is -inf, and has no gradient to compare
+        (found.logprob[labels != 3].sum() + found.entropy.sum()).backward()
+        return [x.detach().to(F64) for x in (*found, *(leaf.grad for leaf in leaves))]
+
+    for bias, labels in ((some, torch.tensor([9, 3, 8, 250, -100, 11])), (alone, torch.tensor([7, 7, 7, -100, 7, 7]))):
+        found = {sort: run(bias, labels, sort)}
+        monkeypatch.setenv("FASTDPO_BACKEND", "reference")
+        found |= {dtype: run(bias, labels, dtype) for dtype in (torch.float32, F64)}
+        wide = found.pop(F64)
+        assert not any(bool(x.isnan().any()) for x in wide)
+        for dtype, values in found.items():
+            for name, a, b in zip((*("logprob", *names), "dh", "dw", "db"), values, wide, strict=True):
+                bound = 0.05 if dtype == torch.bfloat16 else 1e-4
+                assert torch.allclose(a, b, atol=bound, rtol=bound), (dtype, name)
+
+
 def test_the_triton_backend_runs_triton(monkeypatch):
     from fastdpo.kernels import fold
     from fastdpo.ops import triton_tiles

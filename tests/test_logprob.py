@@ -3,10 +3,13 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from fastdpo.ops import reference
+from fastdpo.ops import backend as backend_module
+from fastdpo.ops import reference, sequence
 from fastdpo.ops.logprob import logprob
 from fastdpo.ops.sequence import segment_sum, sequence_logprob
 
@@ -133,6 +136,54 @@ def test_sums_of_long_completions_lose_nothing(backend):
     truth = values.to(F64).sum(1)
     found = segment_sum(values.flatten(), torch.arange(0, 8 * 4096 + 1, 4096))
     assert float((found.to(F64) - truth).abs().max()) <= 2 * float((values.sum(1).to(F64) - truth).abs().max()) + 5e-4
+
+
+@pytest.fixture
+def no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that has none: whatever would make one on it fails."""
+
+    def refuse(self: Tensor) -> Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(sequence, "widest_float", lambda device_type: torch.float32)
+    monkeypatch.setattr(torch, "segment_reduce", refuse)
+
+
+def test_sums_without_float64(no_float64, monkeypatch):
+    monkeypatch.setenv("FASTDPO_BACKEND", "tiled")
+    lengths = torch.tensor([0, 1, 2, 3, 0, 20000, 4096, 7, 8, 9, 0])
+    offsets = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
+    values = -torch.rand(int(offsets[-1])) * 3
+    values[6:20006] = -0.1  # adding one by one rounds each of these the same way
+    truth = torch.stack([values[a:b].to(F64).sum() for a, b in pairwise(offsets)])
+    one_by_one = [np.cumsum(np.append(np.float32(0), values[a:b].numpy()))[-1] for a, b in pairwise(offsets)]
+    leaf = values.clone().requires_grad_()
+    found = segment_sum(leaf, offsets)
+    ours, theirs = ((x.detach().to(F64) - truth).abs() for x in (found, torch.tensor(one_by_one)))
+    assert float((ours / truth.abs().clamp(min=1)).max()) <= 2.5e-7
+    assert float(theirs.max()) > 20 * float(ours.max())
+    assert found[lengths == 0].tolist() == [0.0] * 3
+    up = torch.randn(len(lengths))
+    found.backward(up)
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.repeat_interleave(up, lengths))
+    # a sum's bits depend on its own values only
+    assert torch.equal(segment_sum(values, offsets), found)
+    alone = torch.cat([segment_sum(values[a:b], torch.tensor([0, b - a])) for a, b in pairwise(offsets.tolist())])
+    assert torch.equal(alone, found)
+    broken = values.clone()
+    broken[[0, 4]] = torch.tensor([math.nan, -math.inf])
+    assert segment_sum(broken, offsets)[1:5].isnan().tolist() == [True, False, False, False]
+    assert segment_sum(broken, offsets)[3] == -math.inf
+    assert torch.equal(segment_sum(broken, offsets)[5:], found[5:])
+    assert segment_sum(values[:0], torch.tensor([0, 0])).tolist() == [0.0]
+    assert segment_sum(values[:0], torch.tensor([0])).tolist() == []
+    assert segment_sum(values[:5].bfloat16(), torch.tensor([0, 5])).dtype == torch.bfloat16
+
+
+def test_float64_is_asked_for_where_it_is():
+    assert backend_module.widest_float("mps") == torch.float32
+    assert backend_module.widest_float("cpu") == backend_module.widest_float("cuda") == F64
 
 
 def test_unlikely_targets_and_offsets_keep_their_gradients(backend):

@@ -128,7 +128,7 @@ def _check(backend: str, dtype: torch.dtype, problem: Problem) -> tuple[dict[str
         bits[path] = found["logp"]
         if not torch.equal(found["logp"], bits["stats"]):
             wrong.append(f"{path}: log-probs are not the bits of the reference pass")
-        found = {name: x.double().cpu() for name, x in found.items()}
+        found = {name: x.cpu().double() for name, x in found.items()}
         truth, live = problem.truth["logp"], problem.truth["logp"] != 0
         hold(path, "logp", _worst(found["logp"], truth), TOKEN_LIMIT)
         hold(path, "relative", float(((found["logp"] - truth) / truth)[live].abs().max()), RELATIVE_LIMIT)
@@ -241,7 +241,7 @@ def _problem(dtype: torch.dtype, device: torch.device, options: dict[str, float]
         {},
     )
     for name, x in _eager(there).items():
-        there.eager[name] = _worst(x.double().cpu(), truth[name])
+        there.eager[name] = _worst(x.cpu().double(), truth[name])
     return there
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.custom_op import reads_are_free
+from fastdpo.ops.tensor_kinds import check_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,10 +26,11 @@ def check_arguments(
 ) -> torch.dtype:
     """The dtype in which the operands enter the products; raises for anything that cannot be meant."""
     what = "linear_logprob"
+    check_tensors(what, hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{what}: weight must be (V, {hidden.shape[-1] if hidden.dim() else 'H'}) to match hidden "
-            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}."
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}{_other_way_round(hidden, weight, labels)}."
         )
     if weight.shape[0] == 0:
         raise ValueError(f"{what}: weight has no rows, got {tuple(weight.shape)}; a vocabulary has at least one token.")
@@ -51,14 +53,18 @@ def check_arguments(
     if rows is None and labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{what}: labels must be {tuple(hidden.shape[:-1])} to match hidden {tuple(hidden.shape)}, "
-            f"got {tuple(labels.shape)}; pass `rows` where they do not line up."
+            f"got {tuple(labels.shape)}"
+            f"{_other_way_round(hidden, weight, labels) or '; pass `rows` where they do not line up'}."
         )
     if rows is not None and (labels.dim() != 1 or rows.shape != labels.shape):
         raise ValueError(
             f"{what}: with rows, labels and rows must both be (M,), got {tuple(labels.shape)} and {tuple(rows.shape)}."
         )
     if rows is not None and shift:
-        raise ValueError(f"{what}: shift=True and rows exclude each other; rows already say which state predicts what.")
+        raise ValueError(
+            f"{what}: shift=True and rows exclude each other; rows already say which state predicts what: leave shift "
+            "out."
+        )
     if shift and labels.dim() < 1:
         raise ValueError(f"{what}: shift=True needs labels with a token dimension, got a scalar.")
     if not 0 < temperature < math.inf:
@@ -68,7 +74,7 @@ def check_arguments(
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{what}: logit_scale must be finite, got {logit_scale}.")
     _check_ranges(what, hidden, weight, labels, rows, ignore_index)
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    if _autocasts(hidden.device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
         raise TypeError(
@@ -84,6 +90,7 @@ def check_lora(hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor], comp
     if len(lora) != 2:
         raise ValueError(f"{what} must be the pair (s * A h, B), got {len(lora)} values.")
     u, b = lora
+    check_tensors(what, **{"s * A h": u, "B": b})
     if b.dim() != 2 or u.dim() < 1 or u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
         wanted = f"({', '.join(str(size) for size in (*hidden.shape[:-1], 'r'))}) and ({len(weight)}, r)"
         raise ValueError(f"{what} must be of shapes {wanted}, got {tuple(u.shape)} and {tuple(b.shape)}.")
@@ -94,13 +101,26 @@ def check_lora(hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor], comp
             raise TypeError(f"{what}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}.")
         if tensor.device != hidden.device:
             raise ValueError(f"{what}: {name} is on {tensor.device} and hidden on {hidden.device}; move one of them.")
-    if torch.is_autocast_enabled(hidden.device.type) and compute != torch.float64:
+    if _autocasts(hidden.device) and compute != torch.float64:
         return compute
     if u.dtype != b.dtype:
         raise TypeError(f"{what}: s * A h is {u.dtype} and B {b.dtype}; cast one, or call under torch.autocast.")
     if (u.dtype == torch.float64) != (compute == torch.float64):
         raise TypeError(f"{what} is {u.dtype} beside {compute}; float64 goes with float64 only.")
     return u.dtype
+
+
+def _other_way_round(hidden: Tensor, weight: Tensor, labels: Tensor) -> str:
+    """The fix, where the shapes say that weight and hidden are swapped or that weight is transposed."""
+    if hidden.dim() == 2 and weight.dim() and weight.shape[-1] == hidden.shape[1] and labels.shape == weight.shape[:-1]:
+        return "; hidden and weight look swapped: pass the hidden states as hidden and the head's weight as weight"
+    if weight.dim() == 2 and hidden.dim() and weight.shape[0] == hidden.shape[-1] != weight.shape[1]:
+        return "; pass weight.t()"
+    return ""
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _check_ranges(

@@ -102,6 +102,14 @@ def _triton_is_installed() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
+def widest_float(device_type: str) -> torch.dtype:
+    """float64 where the device has it: Apple's GPUs do not, nor do some of Intel's."""
+    if device_type == "xpu":
+        return torch.float64 if torch.xpu.get_device_capability().get("has_fp64") else torch.float32
+    return torch.float32 if device_type == "mps" else torch.float64
+
+
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _triton_is_installed():
         return "triton is not installed (it exists for Linux only); use FASTDPO_BACKEND=tiled."

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastdpo.ops import reference
 from fastdpo.ops.arguments import check_arguments, check_lora
 from fastdpo.ops.backend import block_cols, choose_backend, fuses
-from fastdpo.ops.custom_op import constant_in_graphs, reads_are_free
+from fastdpo.ops.custom_op import constant_in_graphs, reads_are_free, without_autocast
 from fastdpo.ops.function import STATS, Settings, plan_of, result_names, run, shape_of
 from fastdpo.ops.plan import Needs, Plan, keep_bytes, workspace_bytes
+from fastdpo.ops.tensor_kinds import number
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Call:
         entropy_grad: bool,
         lora: tuple[Tensor, Tensor] | None = None,
     ) -> "Call":
+        temperature = number("linear_logprob", "temperature", temperature)
+        logit_scale = number("linear_logprob", "logit_scale", logit_scale)
+        softcap = None if softcap is None else number("linear_logprob", "softcap", softcap)
         compute = check_arguments(
             hidden, weight, labels, bias, rows, temperature, logit_scale, softcap, ignore_index, shift
         )
@@ -65,9 +69,9 @@ class Call:
         kind = (index(hidden.shape[-1]), entropy, softcap is not None, lora_compute)
         backend, fused, workspace, keep = _environment(hidden.device, compute, *kind)
         settings = Settings(
-            float(temperature),
-            float(logit_scale),
-            softcap if softcap is None else float(softcap),
+            temperature,
+            logit_scale,
+            softcap,
             ",".join(name for name in STATS if name in stats),
             needs,
             unique,
@@ -88,7 +92,7 @@ class Call:
         flat = hidden.reshape(-1, hidden.shape[-1])
         pair = (None, None) if lora is None else (lora[0].reshape(-1, lora[0].shape[-1]), lora[1])
         if self.settings.backend == "reference":
-            with torch.autocast(flat.device.type, enabled=False):
+            with without_autocast(flat.device):
                 return self._eager(flat, weight, bias, *pair)
         found = run(flat, weight, bias, *pair, self.labels, self.rows, *self.settings)
         names = result_names(self.settings)

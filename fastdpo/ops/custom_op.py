@@ -6,13 +6,14 @@ much as the launches of a small problem, and hides what runs inside it from prof
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.backend import choose_backend
+from fastdpo.ops.tensor_kinds import is_abstract, transformed
 
 Implementation = Callable[..., Sequence[Tensor]]
 Setup = Callable[[Any, Sequence[Any], Sequence[Tensor]], None]
@@ -26,7 +27,10 @@ def gradient_op(name: str, schema: str, implementation: Implementation, fake: Im
     op.register_fake(fake)
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(f"{name} can be differentiated once: its gradients have no gradients (create_graph=True).")
+        raise RuntimeError(
+            f"{name} can be differentiated once: its gradients have no gradients (create_graph=True); "
+            "FASTDPO_BACKEND=reference has them, at the cost of all logits."
+        )
 
     op.register_autograd(refuse)
     return op
@@ -56,6 +60,11 @@ def differentiable_op(
     plain, opaque = gradients or (None, None)
     op.register_autograd(lambda ctx, upstream: backward(ctx, upstream, opaque), setup_context=setup_context)
 
+    no_transform = (
+        f"{name} does not run under torch.func (grad, vjp, jvp, vmap) or in forward mode; take torch.autograd.grad for "
+        "gradients and leading dimensions for a batch, or FASTDPO_BACKEND=reference, at the cost of all logits."
+    )
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -67,10 +76,18 @@ def differentiable_op(
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
             return backward(ctx, upstream, opaque if torch.is_grad_enabled() else plain)
 
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(no_transform)
+
     Eager.__name__ = Eager.__qualname__ = name
 
     def call(*inputs: Any) -> Sequence[Tensor]:
-        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        if torch.compiler.is_compiling() or is_abstract(inputs[0]):
+            return op(*inputs)
+        if transformed():
+            raise RuntimeError(no_transform)
+        return Eager.apply(*inputs)
 
     return call
 
@@ -79,13 +96,19 @@ def differentiable_op(
 def inside(device: torch.device) -> Iterator[None]:
     """Inside an operation: its own dtypes, whatever autocast says, and its device current, where Triton launches."""
     there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with there, torch.autocast(device.type, enabled=False):
+    with there, without_autocast(device):
         yield
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def reads_are_free(x: Tensor) -> bool:
-    """Values may be looked at: no device is waited for, and no graph is being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Values may be looked at: there are some, no device is waited for, and no graph is being traced."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not is_abstract(x) and not transformed()
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -127,7 +127,11 @@ def _outputs(
         names += ("lora_direction", "lora_entropy_direction")[: needs.lora_directions]
     if needs.head:
         names += ["m", "s", *(["zy"] if settings.softcap else [])]
-    odd = {"is_top1": ((n,), torch.bool)} | dict.fromkeys(("direction", "entropy_direction"), ((n, h), compute))
+    elif needs.hidden or needs.lora_hidden:
+        names += ["anchor"]
+    odd = {"is_top1": ((n,), torch.bool), "anchor": ((0,), acc)} | dict.fromkeys(
+        ("direction", "entropy_direction"), ((n, h), compute)
+    )
     odd |= dict.fromkeys(("lora_direction", "lora_entropy_direction"), ((n, rank), settings.lora_compute))
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: odd.get(name, row) for name in names}
     if path == "kept":
@@ -158,6 +162,7 @@ def _forward(
         found, saved = tiled.forward(settings.tiles(), tokens, head, settings.how, plan, settings.wanted)
         if settings.ignored:
             saved.q = saved.q.where(labels >= 0, 0.0)
+    saved.anchor = saved.q.new_empty(0)
     by_name = {**vars(saved), **found}
     return [by_name[name] for name in _outputs(settings, plan.path, plan.cols, len(labels), *sizes[1:])]
 
@@ -188,7 +193,9 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     needs, results = settings.wanted, result_names(settings)
     ctx.set_materialize_grads(False)
     entropy = output[results.index("entropy")] if needs.entropy else None
-    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not entropy))
+    frozen = not needs.head and (needs.hidden or needs.lora_hidden)
+    anchor = output[-1] if frozen else None
+    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not entropy and x is not anchor))
     # rows are saved in any case: autograd then notices a change in place
     arguments = (*((hidden, weight, bias, lora_hidden, lora_weight, labels) if needs.head else (None,) * 6), rows)
     ctx.save_for_backward(*arguments, entropy if needs.head else None, *output[len(results) :])

@@ -18,6 +18,7 @@ from fastdpo.ops.custom_op import (
     reads_are_free,
 )
 from fastdpo.ops.plan import workspace_bytes
+from fastdpo.ops.tensor_kinds import check_tensors, number
 from fastdpo.ops.tiled import blocks
 from fastdpo.ops.tiles import NEG, softplus
 
@@ -35,6 +36,8 @@ def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_
     Raises:
         TypeError, ValueError: an argument of another dtype, shape or device, or (on a CPU) a label outside [0, V).
     """
+    check_tensors("logprob", logits=logits, labels=labels)
+    temperature = number("logprob", "temperature", temperature)
     if logits.dim() < 1 or labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"logprob: labels must be {tuple(logits.shape[:-1])} to match logits {tuple(logits.shape)}, "

@@ -61,7 +61,8 @@ def token_stats(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
     logp = torch.log_softmax(z, -1)
     chosen = z.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return {
-        "entropy": -(logp.exp() * logp).sum(-1),
+        # a logit of -inf has probability 0: 0 * -inf would be NaN, in the gradient too
+        "entropy": -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1),
         "log_sum_sq_probs": torch.logsumexp(2 * logp, -1),
         "mean_logit": z.mean(-1),
         "is_top1": chosen >= z.amax(-1),

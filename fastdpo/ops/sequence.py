@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.ops.backend import choose_backend
+from fastdpo.ops.backend import choose_backend, widest_float
 from fastdpo.ops.custom_op import differentiable_op, inside, reads_are_free
 from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.ops.tensor_kinds import check_tensors, in_forward_mode, transformed
 
 
 def sequence_logprob(
@@ -30,6 +31,7 @@ def sequence_logprob(
     Returns:
         (S,), float32 (float64 for float64 operands).
     """
+    check_tensors("sequence_logprob", hidden=hidden, weight=weight, labels=labels)
     if labels.dim() < 1:
         raise ValueError("sequence_logprob: labels must be (..., T), got a scalar.")
     if "rows" in options:
@@ -53,6 +55,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (S,), 0 for an empty segment; differentiable.
     """
+    check_tensors("segment_sum", values=values, offsets=offsets)
     if values.dim() != 1 or offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype != torch.int64:
         raise ValueError(
             f"segment_sum: values must be (M,) and offsets (S + 1,) int64, got {tuple(values.shape)} and "
@@ -67,6 +70,8 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
                 f"segment_sum: offsets must ascend from 0 to {len(values)}, the number of values, got {ends[0]} to "
                 f"{ends[1]}{'' if ends != (0, len(values)) else ', not ascending'}."
             )
+    if not torch.compiler.is_compiling() and (transformed() or in_forward_mode()):
+        return _plain_sum(values, offsets)
     return _run(values, offsets)[0]
 
 
@@ -78,8 +83,38 @@ def _forward(values: Tensor, offsets: Tensor) -> list[Tensor]:
         with inside(values.device):
             segment_sum_fwd(values.float().contiguous(), offsets, out)
         return [out.to(values.dtype)]
+    wide = widest_float(values.device.type)
+    if wide != torch.float64:
+        return [_pairwise_sum(values.to(wide), offsets).to(values.dtype)]
     # it adds one value at a time: in fp32 a long completion would lose what the op has kept
-    return [torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)]
+    return [torch.segment_reduce(values.to(wide), "sum", offsets=offsets, initial=0).to(values.dtype)]
+
+
+def _pairwise_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """The sums where there is no float64: a segment's values are added as a tree, whose shape its length alone decides.
+
+    After the step of width w each place holds the sum of the (at most) 2 w last values of its segment up to itself:
+    the error grows with the logarithm of a segment's length.
+    """
+    total, count = len(values), len(offsets) - 1
+    if not total or not count:
+        return values.new_zeros(count)
+    places = torch.arange(total, device=values.device)
+    since = places - torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=total)
+    sums, width = values, 1
+    while width < total:
+        # a NaN or inf of the segment before is not to be multiplied by 0
+        before = torch.where(since[width:] >= width, sums[:-width], 0.0)
+        sums = torch.cat((sums[:width], sums[width:] + before))
+        width *= 2
+    return torch.where(offsets.diff() > 0, sums[offsets[1:].clamp(min=1) - 1], 0.0)
+
+
+def _plain_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """The sums as plain torch, for torch.func and forward mode: every operation has their rules."""
+    owner = torch.repeat_interleave(offsets.diff(), output_size=values.shape[0])
+    wide = values.to(widest_float(values.device.type))
+    return wide.new_zeros(offsets.shape[0] - 1).index_add(0, owner, wide).to(values.dtype)
 
 
 def _fake_forward(values: Tensor, offsets: Tensor) -> list[Tensor]:

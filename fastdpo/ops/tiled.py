@@ -49,6 +49,7 @@ class Saved:
     entropy: Tensor | None = None  # (N,)
     kept: Tensor | None = None  # (blocks, N, columns) exp(z - base) of each column block, in the compute dtype
     bases: Tensor | None = None  # (blocks, N) the base of each kept column block
+    anchor: Tensor | None = None  # (0,) frozen head: joins a gradient to the graph, whose second derivative refuses
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:

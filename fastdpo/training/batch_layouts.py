@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.layouts import BATCH_LAYOUTS
 from fastdpo.data.rows import ID_COLUMNS
+from fastdpo.ops.backend import widest_float
 from fastdpo.training.adapter_reference import evaluating
 from fastdpo.training.attention import FLEX, flex_refusal
 from fastdpo.training.document_attention import DOCUMENTS
@@ -81,7 +82,9 @@ def config_limit(model: nn.Module, longest: int | None) -> Limit:
 
 
 class Logprobs:
-    """Log-probs (M,) of a collated batch under a model, as float64: no dropout, no gradient, no random number drawn.
+    """Log-probs (M,) of a collated batch under a model: no dropout, no gradient, no random number drawn.
+
+    In float64 where the device has it.
 
     device: where the model is trained; left out, where it is.
     """
@@ -112,7 +115,7 @@ class Logprobs:
             self.autocast(),
             self.forward.installed(),
         ):
-            return self.model(**self.prepare(batch))["logprob"].double()
+            return self.model(**self.prepare(batch))["logprob"].to(widest_float(self.device.type))
 
 
 def difference(logprobs: Logprobs, collator: DataCollatorForPreference, rows: Sequence[dict[str, Any]]) -> str | None:

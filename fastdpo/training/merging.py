@@ -173,7 +173,7 @@ def _probe(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids.to(model.device), use_cache=False).logits.double().cpu()
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.cpu().double()
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses import PairLogps, PreferenceOutput
+from fastdpo.ops.backend import widest_float
 from fastdpo.ops.sequence import segment_sum
 
 PAIR_MEANS = (
@@ -52,7 +53,7 @@ def per_pair_table(columns: dict[str, Tensor]) -> Tensor:
     float64 where the device has it, so that counts stay exact and sums do not depend on how a batch was cut.
     """
     reference = columns["rewards/chosen"]
-    dtype = _wide(reference.device)
+    dtype = widest_float(reference.device.type)
     columns = {"pairs": torch.ones_like(reference), "aux_loss": torch.zeros_like(reference), **columns}
     return torch.stack([columns[name].detach().to(dtype) for name in COLUMNS], dim=1)
 
@@ -155,21 +156,21 @@ class MetricSums:
 
     def tensor(self, device: torch.device) -> Tensor:
         """The sums of this process, (K,)."""
-        return torch.zeros(len(COLUMNS), dtype=_wide(device), device=device) if self._sums is None else self._sums
+        return (
+            torch.zeros(len(COLUMNS), dtype=widest_float(device.type), device=device)
+            if self._sums is None
+            else self._sums
+        )
 
     def margins(self, device: torch.device) -> Tensor:
         """The margins of the pairs of this process, (N,)."""
-        return torch.cat([torch.zeros(0, dtype=_wide(device), device=device), *self._margins])
+        return torch.cat([torch.zeros(0, dtype=widest_float(device.type), device=device), *self._margins])
 
     def load(self, sums: Sequence[float], margins: Sequence[float], device: torch.device) -> None:
         """Continue from what a checkpoint kept."""
-        self._sums = torch.tensor(list(sums), dtype=_wide(device), device=device)
-        self._margins = [torch.tensor(list(margins), dtype=_wide(device), device=device)]
+        self._sums = torch.tensor(list(sums), dtype=widest_float(device.type), device=device)
+        self._margins = [torch.tensor(list(margins), dtype=widest_float(device.type), device=device)]
 
     def clear(self) -> None:
         self._sums = None
         self._margins = []
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

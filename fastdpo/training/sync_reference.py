@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastdpo.ops.backend import widest_float
 from fastdpo.training.adapter_reference import StartWeights
 from fastdpo.training.adapters import trained_adapter
 from fastdpo.training.checkpoints import ReferenceState
@@ -118,7 +119,7 @@ def recompress(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
     a: (k, in), b: (out, k) -> (rank, in), (out, rank). In float64 where the device has it.
     """
-    dtype = torch.float32 if a.device.type == "mps" else torch.float64
+    dtype = widest_float(a.device.type)
     q_b, r_b = torch.linalg.qr(b.to(dtype))
     q_a, r_a = torch.linalg.qr(a.to(dtype).T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
