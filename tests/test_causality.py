@@ -1,10 +1,14 @@
 """A model whose logits depend on later tokens is refused in one sentence; routing noise is none of that."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -13,6 +17,7 @@ from transformers import (
     BertLMHeadModel,
     CpmAntConfig,
     CpmAntForCausalLM,
+    PreTrainedTokenizerFast,
     XLMConfig,
     XLMWithLMHeadModel,
     XLNetConfig,
@@ -20,7 +25,9 @@ from transformers import (
 )
 
 from fastdpo.training.causality import sees_ahead
+from fastdpo.training.config import DPOConfig
 from fastdpo.training.logprob_forward import LogprobForward
+from fastdpo.training.trainer import DPOTrainer
 
 SMALL = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 AHEAD = {
@@ -42,6 +49,17 @@ def test_models_that_look_ahead_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         LogprobForward(model)
     assert model.training
+
+
+def test_the_trainer_says_so_before_it_trains(tmp_path: Path) -> None:
+    words = {"</s>": 0, **{f"w{i}": i for i in range(1, 67)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")), eos_token="</s>", unk_token="w1"
+    )
+    pairs = Dataset.from_list([{"prompt_ids": [3, 4], "chosen_ids": [5, 6], "rejected_ids": [7, 8]}])
+    args = DPOConfig(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+        DPOTrainer(AHEAD["bert"](), None, args, train_dataset=pairs, processing_class=tokenizer)
 
 
 def test_a_decoder_of_the_same_class_is_trained() -> None:

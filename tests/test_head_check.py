@@ -204,7 +204,19 @@ def other_hidden(model: Any) -> Any:
     return model
 
 
+def fewer(model: Any) -> Any:
+    class Fewer(type(model)):  # Inkling's own forward leaves the padded part of the vocabulary out
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits[..., :60]
+            return output
+
+    model.__class__ = Fewer
+    return model
+
+
 CHANGES = {
+    "its logits are 60 of the head's 67": fewer,
     "its forward calls the head 2 times": called_twice,
     "its forward calls the head 0 times": never_called,
     "what enters the head is not the last hidden state": other_hidden,
@@ -268,6 +280,19 @@ def test_adapters_on_a_head_keep_their_way(
         assert model.training
     assert not [line for line in caplog.messages if "does not know" in line]
     assert all(record.levelno <= logging.WARNING for record in caplog.records)
+
+
+def test_a_quantized_head_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    class Quantized(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, (self.weight * 16).round() / 16)
+
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.lm_head = Quantized(32, 67, bias=False)
+    forward, off = compared(model.to(torch.bfloat16).eval())
+    assert forward.route == "module"
+    assert off < 0.05
+    assert not [line for line in caplog.messages if "does not know" in line]
 
 
 def test_sharded_weights_are_not_run() -> None:

@@ -60,6 +60,8 @@ def _difference(model: "PreTrainedModel", ids: Tensor, route: Route) -> str | No
     if len(calls) != 1:
         return f"its forward calls the head {len(calls)} times"
     entered, raw, replaced = calls[0]
+    if logits.shape[-1] != raw.shape[-1]:
+        return f"its logits are {logits.shape[-1]} of the head's {raw.shape[-1]}"
     # many targets predicted from one position: the shape of the distribution
     targets = torch.arange(0, raw.shape[-1], max(1, raw.shape[-1] // 64), device=ids.device)
     rows = torch.full_like(targets, ids.shape[1] - 1)
@@ -120,7 +122,7 @@ def _own_logits(
 def _same(logits: Tensor, replaced: Tensor, scale: float, softcap: float | None) -> bool:
     """Element by element, to a few roundings of the dtype that the logits have."""
     wanted = transformed(replaced, scale, softcap).to(logits.device)
-    if logits.shape[-1] != wanted.shape[-1] or logits.numel() != wanted.numel():
+    if logits.numel() != wanted.numel():
         return False
     eps = torch.finfo(logits.dtype).eps
     return torch.allclose(logits.double().flatten(), wanted.double().flatten(), rtol=4 * eps, atol=4 * eps)
