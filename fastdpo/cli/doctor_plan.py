@@ -45,7 +45,7 @@ def read_model(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from fastdpo.training.logprob_forward import logit_transform
+    from fastdpo.training.logit_transform import logit_transform
 
     folder = Path(name).expanduser()
     try:

@@ -1,11 +1,12 @@
 """The forward of a causal LM that LLaMA-Factory's DPO trainer calls for log-probs, where the model allows it."""
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastdpo.training.backbone import backbone
 from fastdpo.training.head_parts import head_parts
 from fastdpo.training.logprob_forward import LogprobForward
 
@@ -17,7 +18,8 @@ class RowMeansForward(LogprobForward):
 
     def _logprobs(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         states: list[Tensor] = []
-        hook = model.base_model.register_forward_hook(lambda _m, _a, output: states.append(output.last_hidden_state))
+        core = cast(nn.Module, backbone(model))
+        hook = core.register_forward_hook(lambda _m, _a, output: states.append(output.last_hidden_state))
         try:
             found = super()._logprobs(model, *args, **kwargs)
         finally:
@@ -61,7 +63,10 @@ def forward_of(model: Any) -> RowMeansForward | str:
     weight = parts.linear.weight
     if hasattr(weight, "ds_id") or (weight.is_meta and getattr(model, "hf_device_map", None)):
         return "its head's weight is elsewhere until the head is called (ZeRO-3 or offloading)"
-    if model.base_model is model:
+    if backbone(model) is None:
         return "it has no backbone apart from its head"
-    forward = RowMeansForward(model)
+    try:
+        forward = RowMeansForward(model)
+    except ValueError as error:
+        return str(error).rstrip(".")
     return forward if forward.route == "head" else "they are not what the head's weight gives"

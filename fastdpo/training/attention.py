@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fastdpo.data.layouts import Span
+from fastdpo.training.backbone import decoder_config
 from fastdpo.training.document_attention import DOCUMENTS, DocumentMask
 
 # FlexAttention compiled once: transformers' own is compiled anew whenever a model goes from train() to eval() and back
@@ -116,7 +117,7 @@ def flex_refusal(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why FlexAttention is not used for a model; None where it is: on a GPU where a trial agrees with SDPA."""
     if device.type != "cuda":
         return f"FlexAttention has no backward pass on {device.type}"
-    kind = model.config._attn_implementation
+    kind = decoder_config(model)._attn_implementation
     if kind not in ("sdpa", "flex_attention", FLEX):
         return f"the model's attention is {kind}"
     if not getattr(model, "_supports_flex_attn", False):

@@ -21,6 +21,7 @@ from fastdpo.data.rows import ID_COLUMNS
 from fastdpo.ops.backend import widest_float
 from fastdpo.training.adapter_reference import evaluating
 from fastdpo.training.attention import FLEX, flex_refusal
+from fastdpo.training.backbone import decoder_config
 from fastdpo.training.document_attention import DOCUMENTS
 from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
 
@@ -76,8 +77,9 @@ def config_limit(model: nn.Module, longest: int | None) -> Limit:
     if size is not None and (longest is None or longest > size):
         rows = "rows may be longer" if longest is None else f"the longest sequence has {longest}"
         return Limit("padded", f"its attention reaches back {size} tokens and {rows}")
-    if "flash" in (config._attn_implementation or ""):
-        return Limit("packed", f"{config._attn_implementation} takes no mask of another form")
+    kind = decoder_config(causal_lm)._attn_implementation
+    if "flash" in (kind or ""):
+        return Limit("packed", f"{kind} takes no mask of another form")
     return Limit("shared")
 
 
@@ -270,7 +272,7 @@ def _ways(
     FlexAttention, PyTorch's kernels document by document, and FlashAttention take a whole batch as one row. With a mask
     over all of T x T a row is as long as the longest pair.
     """
-    kinds = [one.forward.model.config._attn_implementation for one in models]
+    kinds = [decoder_config(one.forward.model)._attn_implementation for one in models]
     if any("flash" in (kind or "") for kind in kinds):
         yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=None), None
         return

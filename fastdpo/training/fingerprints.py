@@ -78,5 +78,5 @@ def reference_settings(reference: Reference, policy: nn.Module) -> dict[str, Any
         "weights": weights_hash(reference.weights(policy)),
         # an adapter's name is no part of what it computes
         "configuration": settings_hash({str(index): config for index, config in enumerate(settings.values())}),
-        "attention": configs[0]._attn_implementation,
+        "attention": configs[0].get_text_config()._attn_implementation,
     }

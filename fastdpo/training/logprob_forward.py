@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 from fastdpo.ops import reference
 from fastdpo.ops.linear_logprob import linear_logprob_stats
+from fastdpo.training.backbone import backbone, decoder_config
+from fastdpo.training.causality import sees_ahead
+from fastdpo.training.head_check import Route, difference_at_head
 from fastdpo.training.head_parts import HeadParts, head_parts
+from fastdpo.training.logit_transform import logit_transform, transformed
 
 if TYPE_CHECKING:  # LLaMA-Factory's trainer uses this module beside a transformers that is older than these names
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from fastdpo.data.layouts import Span
 
@@ -36,22 +40,6 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def logit_transform(config: "PreTrainedConfig") -> tuple[float, float | None]:
-    """(logit_scale, softcap): what the architecture does to `hidden @ weight.T` before the softmax.
-
-    Multipliers are `logit_scale` (Cohere), `output_multiplier` and `lm_head_multiplier` (Falcon-H1);
-    `logits_scaling` divides (Granite) but for HyperCLOVA X, which multiplies. A softcap (Gemma) comes after.
-    """
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        value = getattr(config, name, None)
-        if value is not None:
-            scale = 1.0 / value if name == "logits_scaling" and config.model_type != "hyperclovax" else float(value)
-            break
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return scale, softcap if softcap is None else float(softcap)
-
-
 class LogprobForward:
     """Gives a causal LM a forward call that returns log-probs, while `installed()`.
 
@@ -60,19 +48,22 @@ class LogprobForward:
     (R, T) and `spans` stand in for the mask where rows hold several sequences (see `attention.allowed`). With
     `output_router_logits=True` it returns a mixture of experts' own `"aux_loss"` (a scalar). A head that is a linear
     layer, perhaps with a LoRA, goes to `linear_logprob_stats` (`route` is "head"). Any other (DoRA, a quantized head)
-    is called on the scored rows, so (M, V) logits exist ("module"). Where either differs from what the model's own
-    forward says of a few tokens (a multiplier that no config names), its own logits of every position are built
-    ("model"). One line is logged for both.
+    is called on the scored rows, so (M, V) logits exist ("module"). Where either is not what the model's own forward
+    does with a few tokens (a multiplier that no config names, layers between backbone and head), its own logits of
+    every position are built ("model"). One line is logged for both.
 
     Attributes:
-        attention: what `config._attn_implementation` is while `installed()`; None: what it is anyway.
+        attention: what the decoder's `config._attn_implementation` is while `installed()`; None: what it is anyway.
+
+    Raises:
+        ValueError: the model has no head, or its logits depend on later tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = cast("PreTrainedModel", unwrap_peft(model))
-        self.scale, self.softcap = logit_transform(self.model.config)
+        self.scale, self.softcap = logit_transform(self.model.config.get_text_config())
         head = self.model.get_output_embeddings()
-        if head is None or self.model.base_model is self.model:
+        if head is None:
             raise ValueError(f"{type(self.model).__name__} has no language model head; fastdpo trains causal LMs.")
         parts = head_parts(head)
         self.route = "head" if isinstance(parts, HeadParts) else "module"
@@ -92,12 +83,13 @@ class LogprobForward:
         """Replace `forward` on entry and put back what was found on exit; calls may be nested."""
         attributes = vars(self.model)
         found = attributes.get("forward")
-        config = self.model.config
+        config: Any = decoder_config(self.model)
         usual = config._attn_implementation
         if self._depth == 0:
             self.model.forward = self._make(self.model.forward) if self._ours is None else self._ours
             if self.attention is not None:
-                config._attn_implementation = self.attention
+                # not by the property, which sets every part of a composite configuration
+                config._attn_implementation_internal = self.attention
         self._depth += 1
         try:
             yield
@@ -105,7 +97,7 @@ class LogprobForward:
             self._depth -= 1
             if self._depth == 0:
                 if self.attention is not None:
-                    config._attn_implementation = usual
+                    config._attn_implementation_internal = usual
                 self._ours = attributes.pop("forward")
                 if found is not None:
                     self.model.forward = found
@@ -140,7 +132,7 @@ class LogprobForward:
             # llama_factory.py runs beside a transformers that is older than what this needs
             from fastdpo.training.attention import attention_mask
 
-            kind = model.config._attn_implementation
+            kind = decoder_config(model)._attn_implementation
             kwargs["attention_mask"] = attention_mask(kind, model.dtype, documents, branches, spans)
         if self.route == "model":
             output = original(*args, **kwargs)
@@ -152,7 +144,7 @@ class LogprobForward:
             hidden, auxiliary["aux_loss"] = _with_aux_loss(model, original, *args, **kwargs)
         else:
             # looked up at each call: FSDP and PEFT replace modules after the patch
-            hidden = model.base_model(*args, **kwargs).last_hidden_state
+            hidden = cast(nn.Module, backbone(model))(*args, **kwargs).last_hidden_state
         head = cast(nn.Module, model.get_output_embeddings())
         device = next(head.parameters()).device
         hidden, rows, targets = hidden.to(device), logprob_rows.to(device), logprob_targets.to(device)
@@ -173,42 +165,59 @@ class LogprobForward:
                 entropy_grad=False,
             )
             return {"logprob": token.logprob, **{name: getattr(token, name) for name in logprob_stats}, **auxiliary}
-        logits = head(hidden.flatten(0, 1)[rows])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = transformed(head(hidden.flatten(0, 1)[rows]), self.scale, self.softcap)
         return {**_of_logits(logits, targets, logprob_stats), **auxiliary}
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare with the model's own logits on a few tokens, before training; take its logits if they differ."""
+        """Compare with the model's own forward on a few tokens, before training; take its logits if that differs.
+
+        Raises:
+            ValueError: a later token changes the logits of an earlier one.
+        """
         parameter = next(self.model.parameters())
         if parameter.is_meta or parameter.numel() == 0:  # sharded at load: nothing to run yet
             return
-        vocabulary = self.model.config.vocab_size
-        ids = torch.arange(8, device=parameter.device)[None] % vocabulary
-        # many targets predicted from one position: the shape of the distribution, which a wrong scale changes
-        targets = torch.arange(0, vocabulary, max(1, vocabulary // 64), device=parameter.device)
-        rows = torch.full_like(targets, ids.shape[1] - 1)
+        name = type(self.model).__name__
+        ids = _probe_ids(self.model.config.get_text_config()).to(parameter.device)
         training = self.model.training
         self.model.eval()
-        with self.installed():
-            ours = self.model(input_ids=ids, logprob_rows=rows, logprob_targets=targets)["logprob"]
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        self.model.train(training)
-        ours = ours.to(logits.device).double()
-        theirs = logits[0, -1].double().log_softmax(-1)[targets.to(logits.device)]
-        error = (ours - theirs).abs().max()
-        # rounding of 16-bit logits is proportional to their size, spread tells a wrong scale from rounding
-        eps = torch.finfo(logits.dtype).eps
-        allowed = 0.02 * theirs.std() + 16 * eps * (1 + logits.abs().max())
-        if not error <= allowed:
+        try:
+            difference = self._difference(ids[:, :8])
+            ahead = sees_ahead(self.model, ids)
+        finally:
+            self.model.train(training)
+        if ahead:
+            hint = "" if getattr(self.model.config, "is_decoder", True) else " (or set is_decoder=True in its config)"
+            raise ValueError(
+                f"{name} is not causal: a later token changes the logits of an earlier one, so its log-probs are not "
+                f"those of next tokens; train a causal language model{hint}."
+            )
+        if difference is not None:
             self.route = "model"
             logger.warning(
-                f"{type(self.model).__name__} computes its logits in a way that fastdpo does not know (log-probs "
-                f"from the head's weight are off by {error:.3g} nats), so its own logits of every position are built; "
-                "please report the architecture."
+                f"{name} computes its logits in a way that fastdpo does not know ({difference}), so its own logits of "
+                "every position are built; please report the architecture."
             )
+
+    def _difference(self, ids: Tensor) -> str | None:
+        core, head = backbone(self.model), cast(nn.Module, self.model.get_output_embeddings())
+        if core is None:
+            return "it has no backbone apart from its head"
+
+        def logprobs(ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+            with self.installed():
+                return self.model(input_ids=ids, logprob_rows=rows, logprob_targets=targets)["logprob"]
+
+        route = Route(core, head, self.scale, self.softcap, self.route == "head", logprobs)
+        return difference_at_head(self.model, ids, route)
+
+
+def _probe_ids(config: Any) -> Tensor:
+    """(1, 10) tokens to run a model on; none is a pad token, which some models take out themselves."""
+    pad = getattr(config, "pad_token_id", None)
+    known = [token for token in range(min(config.vocab_size, 11)) if token != pad] or [0]
+    return torch.tensor([[known[place % len(known)] for place in range(10)]])
 
 
 def _of_logits(logits: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> dict[str, Tensor]:
@@ -232,7 +241,7 @@ def _with_aux_loss(model: "PreTrainedModel", original: Any, *args: Any, **kwargs
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
         seen.append(output.last_hidden_state)
 
-    handle = model.base_model.register_forward_hook(keep)
+    handle = cast(nn.Module, backbone(model)).register_forward_hook(keep)
     try:
         loss = original(*args, **{**kwargs, "logits_to_keep": 1}).aux_loss
     finally:
