@@ -77,6 +77,11 @@ def run(request: Request) -> str:
         )
     args = build_config(request)
     check_writable(str(args.output_dir), "--output_dir")
+
+    from fastdpo.training.run_lock import check_free
+
+    if args.process_index == 0:  # the others may come here when it holds the lock already
+        check_free(str(args.output_dir))
     if args.precompute_ref_log_probs and args.precompute_ref_dir is not None:
         check_writable(args.precompute_ref_dir, "--precompute_ref_dir")
     option = {**DEFAULTS, **request.values}

@@ -68,7 +68,7 @@ class MetricTrainer(ReferenceTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
-            # else the steps since the last log are in no record (a step that was logged is not logged again); a run that
+            # else the steps since the last log are in no record; a step that was logged is not logged again. A run that
             # a signal ends keeps them in its checkpoint, and logs them when the window is full
             self.control.should_log = self.control.should_log or not self._signals.stopping
         # a pause waits for the device, so there is none in a step that only trains or logs

@@ -42,6 +42,7 @@ from fastdpo.training.precomputed import free_memory, stored_logps
 from fastdpo.training.reference import FrozenModel
 from fastdpo.training.reference_policy import make_reference
 from fastdpo.training.reference_trainer import model_call
+from fastdpo.training.run_lock import output_dir_locked
 
 logger = logging.getLogger(__name__)
 
@@ -272,10 +273,14 @@ class DPOTrainer(LayoutTrainer):
         """Train; where checkpoints are saved, output_dir gets the final model or adapter and the tokenizer.
 
         Afterwards the policy's `forward` and `config.use_cache` are as they were found.
+
+        Raises:
+            FolderInUse: another run trains in output_dir.
         """
-        with self._logprob_forward.installed():
-            output = super().train(*args, **kwargs)
-        cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
-        if self.args.save_strategy != SaveStrategy.NO:
-            self.save_model()
+        with output_dir_locked(self.args, self):
+            with self._logprob_forward.installed():
+                output = super().train(*args, **kwargs)
+            cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
+            if self.args.save_strategy != SaveStrategy.NO:
+                self.save_model()
         return output
