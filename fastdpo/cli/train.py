@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
         hint = "" if debug else " (--debug shows the traceback)"
-        return fail(debug, f"fastdpo train: failed: {type(cause).__name__}: {one_sentence(cause)}{hint}", 1)
+        # where memory ran out, a library's text about its allocator helps less
+        message = getattr(cause, "fastdpo_sentence", None) or f"{type(cause).__name__}: {one_sentence(cause)}"
+        return fail(debug, f"fastdpo train: failed: {message}{hint}", 1)
     try:
         print(result, end="", flush=True)
     except OSError as error:

@@ -36,6 +36,7 @@ from fastdpo.training.models import (
     router_loss_weight,
 )
 from fastdpo.training.old_arguments import settled_arguments
+from fastdpo.training.out_of_memory import explains_loading
 from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
 from fastdpo.training.pair_logps import pair_logps
 from fastdpo.training.precomputed import free_memory, stored_logps
@@ -93,6 +94,7 @@ class DPOTrainer(LayoutTrainer):
     loss_is_scaled_for_ga = False
     args: DPOConfig
 
+    @explains_loading
     def __init__(
         self,
         model: str | Model,
@@ -209,6 +211,8 @@ class DPOTrainer(LayoutTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
+        training = cast(Model, self.model).training
+        self._memory.at("training" if training else "evaluation", inputs)
         call = model_call(inputs)
         router = {"output_router_logits": True} if self._router_loss_weight else {}
         with self._logprob_forward.installed():
@@ -224,7 +228,7 @@ class DPOTrainer(LayoutTrainer):
             loss = loss + weight * aux_loss.to(loss.device)
         lengths = inputs["lengths"] if "lengths" in inputs else inputs["attention_mask"].sum(1)
         table = metrics.batch_table(output, logps, policy, offsets, lengths, aux_loss, weight)
-        if cast(Model, self.model).training:
+        if training:
             self._sums["train"].add(table)
             loss = loss * self._window_weight(len(table))
         else:
