@@ -19,6 +19,7 @@ from fastdpo.training.checkpoints import CheckpointError, resolve_resume
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.disk_space import check_room, model_size
 from fastdpo.training.files import DiskError
+from fastdpo.training.run_lock import output_dir_locked
 from fastdpo.training.trainer import DPOTrainer
 
 # what summary.json says of a model where it is asked for
@@ -102,14 +103,15 @@ class Session:
         self._introduce()
         resume = args.resume_from_checkpoint
         try:
-            if args.save_strategy == "no":
-                check_room(str(args.output_dir), model_size(cast(Any, trainer.model)), 0, 0)
-            trainer.train(resume_from_checkpoint=resume if resume else None)
-            # without an evaluation during training the held-out pairs are scored once, at the end
-            if trainer.eval_dataset is not None and args.eval_strategy == "no":
-                trainer.evaluate()
-            if args.save_strategy == "no":  # else the trainer has saved them
-                trainer.save_model()
+            with output_dir_locked(args, trainer):
+                if args.save_strategy == "no":
+                    check_room(str(args.output_dir), model_size(cast(Any, trainer.model)), 0, 0)
+                trainer.train(resume_from_checkpoint=resume if resume else None)
+                # without an evaluation during training the held-out pairs are scored once, at the end
+                if trainer.eval_dataset is not None and args.eval_strategy == "no":
+                    trainer.evaluate()
+                if args.save_strategy == "no":  # else the trainer has saved them
+                    trainer.save_model()
         except SystemExit:
             # as at the end of a run: a process that ends before the others may abort in its group's threads
             trainer.accelerator.end_training()

@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
         if _is_ours(cause):
             return fail(debug, f"fastdpo train: failed: {cause}", 1)
         hint = "" if debug else " (--debug shows the traceback)"
-        return fail(debug, f"fastdpo train: failed: {type(cause).__name__}: {one_sentence(cause)}{hint}", 1)
+        # where memory ran out, a library's text about its allocator helps less
+        message = getattr(cause, "fastdpo_sentence", None) or f"{type(cause).__name__}: {one_sentence(cause)}"
+        return fail(debug, f"fastdpo train: failed: {message}{hint}", 1)
     try:
         print(result, end="", flush=True)
     except OSError as error:
@@ -93,6 +95,11 @@ def run(request: Request) -> str:
         )
     args = build_config(request)
     check_writable(str(args.output_dir), "--output_dir")
+
+    from fastdpo.training.run_lock import check_free
+
+    if args.process_index == 0:  # the others may come here when it holds the lock already
+        check_free(Path(str(args.output_dir)))
     if args.precompute_ref_log_probs and args.precompute_ref_dir is not None:
         check_writable(args.precompute_ref_dir, "--precompute_ref_dir")
     option = {**DEFAULTS, **request.values}

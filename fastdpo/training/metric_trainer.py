@@ -67,6 +67,7 @@ class MetricTrainer(ReferenceTrainer):
         self.add_callback(EvaluationAnswers(self.model, self.tokenizer, dataset, self._reference, self.report.files))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._memory.at_rest()
         if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
             # else the steps since the last log are in no record (a step that was logged is not logged again); a run
             # that a signal ends keeps them in its checkpoint, and logs them when the window is full
@@ -84,15 +85,22 @@ class MetricTrainer(ReferenceTrainer):
         for callback in self.callback_handler.callbacks:
             outlive_full_disk(callback)
         try:
-            return super().train(*args, **kwargs)
+            with self._memory.explained():
+                return super().train(*args, **kwargs)
         finally:
             self._stopwatch.stop()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._memory.at_update()
+        return loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         sums = self._sums["eval"]
         sums.clear()
-        with self._logprob_forward.installed():
+        with self._memory.explained(), self._logprob_forward.installed():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._memory.at_rest()
         # the loss too: Trainer's mean counts the pairs that fill the last batch of several processes
         found = metrics.averages(sums.tensor(self.args.device).tolist())
         found |= metrics.margin_quantiles(sums.margins(self.args.device))

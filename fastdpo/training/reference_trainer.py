@@ -13,6 +13,7 @@ from fastdpo.training import checkpoints
 from fastdpo.training.adapter_trainer import AdapterTrainer
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.logprob_forward import LogprobForward
+from fastdpo.training.out_of_memory import MemoryWatch
 from fastdpo.training.pair_logps import SequenceLogps
 from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
 from fastdpo.training.reference import NoReference, Reference
@@ -42,6 +43,9 @@ class ReferenceTrainer(AdapterTrainer):
 
     def _set_reference(self, reference: Reference) -> None:
         args, policy = self.args, cast(Model, self.model)
+        self._memory = MemoryWatch(
+            args, lambda: getattr(self.data_collator, "layout", "padded"), lambda: isinstance(policy, PeftModel)
+        )
         if isinstance(reference, SyncedModel | SyncedAdapter):
             self.add_callback(SyncCallback(reference, policy))
         if args.precompute_ref_log_probs and not isinstance(reference, NoReference):
@@ -69,7 +73,8 @@ class ReferenceTrainer(AdapterTrainer):
     def _sums_of_rows(self, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
         """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
         inputs = cast(dict, self._prepare_inputs(self.data_collator(rows)))
-        with self._logprob_forward.installed(), self.accelerator.autocast():
+        self._memory.at("precomputing", inputs)
+        with self._memory.explained(), self._logprob_forward.installed(), self.accelerator.autocast():
             tokens = cast(Tensor, reference(cast(Model, self.model), model_call(inputs)))
         offsets = inputs["offsets"].to(tokens.device)
         return SequenceLogps.of(tokens, offsets), offsets.diff()

@@ -36,12 +36,14 @@ from fastdpo.training.models import (
     router_loss_weight,
 )
 from fastdpo.training.old_arguments import settled_arguments
+from fastdpo.training.out_of_memory import explains_loading
 from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
 from fastdpo.training.pair_logps import pair_logps
 from fastdpo.training.precomputed import free_memory, stored_logps
 from fastdpo.training.reference import FrozenModel
 from fastdpo.training.reference_policy import make_reference
 from fastdpo.training.reference_trainer import model_call
+from fastdpo.training.run_lock import output_dir_locked
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class DPOTrainer(LayoutTrainer):
     loss_is_scaled_for_ga = False
     args: DPOConfig
 
+    @explains_loading
     def __init__(
         self,
         model: str | Model,
@@ -208,6 +211,8 @@ class DPOTrainer(LayoutTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
+        training = cast(Model, self.model).training
+        self._memory.at("training" if training else "evaluation", inputs)
         call = model_call(inputs)
         router = {"output_router_logits": True} if self._router_loss_weight else {}
         with self._logprob_forward.installed():
@@ -223,7 +228,7 @@ class DPOTrainer(LayoutTrainer):
             loss = loss + weight * aux_loss.to(loss.device)
         lengths = inputs["lengths"] if "lengths" in inputs else inputs["attention_mask"].sum(1)
         table = metrics.batch_table(output, logps, policy, offsets, lengths, aux_loss, weight)
-        if cast(Model, self.model).training:
+        if training:
             self._sums["train"].add(table)
             loss = loss * self._window_weight(len(table))
         else:
@@ -272,10 +277,14 @@ class DPOTrainer(LayoutTrainer):
         """Train; where checkpoints are saved, output_dir gets the final model or adapter and the tokenizer.
 
         Afterwards the policy's `forward` and `config.use_cache` are as they were found.
+
+        Raises:
+            FolderInUse: another run trains in output_dir.
         """
-        with self._logprob_forward.installed():
-            output = super().train(*args, **kwargs)
-        cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
-        if self.args.save_strategy != SaveStrategy.NO:
-            self.save_model()
+        with output_dir_locked(self.args, self):
+            with self._logprob_forward.installed():
+                output = super().train(*args, **kwargs)
+            cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
+            if self.args.save_strategy != SaveStrategy.NO:
+                self.save_model()
         return output
