@@ -185,7 +185,7 @@ def test_messages_raw_text_and_markdown(compare: Compare, folders: dict[str, Pat
     lines = out.read_text().splitlines()
     assert lines[0] == "| prompt | reference | reward | policy | reward |"
     assert lines[2].startswith(f"| user: {QUESTION} | ")
-    assert lines[4].startswith("| Name a \\| fruit.<br>Or two &lt;b>. | ")
+    assert lines[4].startswith("| Name a \\| fruit.<br>Or two &lt;b&gt;. | ")
     code, text, err = compare(*arguments, "--json", "--raw")
     raw = json.loads(text)["answers"]
     assert raw[0]["policy"] == chat[0]["policy"]

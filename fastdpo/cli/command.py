@@ -18,6 +18,7 @@ from typing import Any
 
 from fastdpo.cli.checks import one_sentence
 from fastdpo.cli.parsing import UsageError
+from fastdpo.escaping import visible
 from fastdpo.training.files import write_atomic
 
 
@@ -147,7 +148,11 @@ def run_command(
     except Exception as error:
         hint = "" if debug else " (--debug shows the traceback)"
         return fail(debug, f"{parser.prog}: failed: {type(error).__name__}: {one_sentence(error)}{hint}", 1)
-    text = json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) if given.json else render(result)
+    text = (
+        json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False)
+        if given.json
+        else visible(render(result))
+    )
     try:
         print(text, flush=True)
     except OSError as error:
@@ -160,7 +165,7 @@ def run_command(
 def fail(debug: bool, message: str, code: int) -> int:
     if debug:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(visible(message), file=sys.stderr)
     return code
 
 
@@ -173,12 +178,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class _Visible(logging.Formatter):
+    """A message may have a file's name or a row's text in it, which must not steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
     """The package's own log lines, bare, on stderr; without a warning of PEFT that every run would give."""
     logger = logging.getLogger("fastdpo")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Visible("%(message)s"))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     # of several processes the first one speaks

@@ -18,6 +18,7 @@ from fastdpo.cli.command import (
     write_result,
 )
 from fastdpo.cli.parsing import UsageError
+from fastdpo.escaping import markdown_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -154,8 +155,8 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [prompt_text(row["prompt"])]
         for side in ("reference", "policy"):
             cells += [row[side]["text"], f"{row[side]['reward']:+.4f}"]
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in _summary_lines(result)), ""])
+        lines.append("| " + " | ".join(markdown_text(cell.strip(), "<br>") for cell in cells) + " |")
+    return "\n".join([*lines, "", *(f"- {markdown_text(line)}" for line in _summary_lines(result)), ""])
 
 
 def prompt_text(prompt: Any) -> str:
@@ -175,11 +176,6 @@ def _summary_lines(result: dict[str, Any]) -> list[str]:
         f"mean reward: reference's answers {reward['reference']:+.4f}, policy's {reward['policy']:+.4f}; "
         f"mean tokens: {tokens['reference']:.0f}, {tokens['policy']:.0f}",
     ]
-
-
-def _cell(text: str) -> str:
-    text = text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return text.replace("\r", "").replace("\n", "<br>")
 
 
 def _width(text: str) -> int:

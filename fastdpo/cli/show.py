@@ -13,6 +13,7 @@ import transformers
 from transformers import ProgressCallback, TrainerCallback
 
 from fastdpo.cli.fields import FIELDS
+from fastdpo.escaping import visible
 from fastdpo.training.report import FILES as METRIC_FILES
 from fastdpo.training.report import FOLDER, metric_rows
 
@@ -31,7 +32,7 @@ def say(text: str) -> None:
     """One line of the log: stderr, without breaking a progress bar."""
     from tqdm.auto import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(visible(text), file=sys.stderr)
 
 
 def no_bars_without_terminal() -> bool:

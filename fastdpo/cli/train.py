@@ -16,6 +16,7 @@ from fastdpo.cli.command import fail, log_to_stderr
 from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.pairs import load_data
 from fastdpo.cli.parsing import DEFAULTS, Request, UsageError, help_text, parse
+from fastdpo.escaping import visible
 from fastdpo.training.files import check_writable
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         message = getattr(cause, "fastdpo_sentence", None) or f"{type(cause).__name__}: {one_sentence(cause)}"
         return fail(debug, f"fastdpo train: failed: {message}{hint}", 1)
     try:
-        print(result, end="", flush=True)
+        print(visible(result), end="", flush=True)
     except OSError as error:
         # the interpreter flushes once more as it ends, and would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

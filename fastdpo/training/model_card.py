@@ -1,5 +1,6 @@
 """The README.md of a trained model or adapter: what it was made from, how, and what it reached."""
 
+import json
 import logging
 import math
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from fastdpo.escaping import markdown_code, markdown_fence, markdown_text
 from fastdpo.losses import LossOptions
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.files import write_atomic
@@ -66,19 +68,23 @@ class Card:
                 **self.extra,
             }
         )
-        base = f"`{self.base}`" if self.base else "a model given in Python"
+        base = markdown_code(self.base) if self.base else "a model given in Python"
         what = f"An adapter for {base}" if self.is_adapter else f"{base} fine-tuned"
         parts = [
             f"---\n{matter.to_yaml()}\n---\n{_TITLE}\n",
-            f"# {self.name}\n",
+            f"# {markdown_text(self.name)}\n",
             f"{what[0].upper()}{what[1:]}, trained on preference pairs with Direct Preference Optimization "
             "([arXiv:2305.18290](https://arxiv.org/abs/2305.18290)) by fastdpo.\n",
-            f"```python\nfrom transformers import pipeline\n\ngenerator = pipeline("
-            f'"text-generation", model="{self.args.hub_model_id or self.args.output_dir}")\n```\n',
+            markdown_fence(
+                "from transformers import pipeline\n\ngenerator = pipeline("
+                f'"text-generation", model={json.dumps(self.args.hub_model_id or self.args.output_dir)})',
+                "python",
+            )
+            + "\n",
             "## Training\n",
             _table(["", ""], [[name, value] for name, value in self._settings().items()]),
             *self._metrics(),
-            *([f"## Command\n\n```\n{self.command}\n```\n"] if self.command else []),
+            *([f"## Command\n\n{markdown_fence(self.command)}\n"] if self.command else []),
             "## Versions\n",
             ", ".join(f"{name} {version}" for name, version in installed_versions().items()) + "\n",
         ]
@@ -148,5 +154,5 @@ def _number(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    cells = (list(map(markdown_text, line)) if line is not lines[1] else line for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"

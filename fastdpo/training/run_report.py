@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdpo.escaping import figure_text
 from fastdpo.training.report import FOLDER, draw_band, metric_columns, read_summary
 
 # title -> metrics; the second of two is dashed
@@ -182,7 +183,7 @@ def runs_png(runs: Sequence[Run]) -> bytes:
             place.axhline(0, color="black", linewidth=0.6)
     for place in axes[len(panels) :]:
         place.set_axis_off()
-    handles = [axes[0].plot([], [], color=colors[i], label=run.name)[0] for i, run in enumerate(runs)]
+    handles = [axes[0].plot([], [], color=colors[i], label=figure_text(run.name))[0] for i, run in enumerate(runs)]
     if any(name.startswith("eval_") for name in there):
         handles.append(axes[0].plot([], [], "o", color="gray", label="evaluation")[0])
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
