@@ -123,6 +123,9 @@ class SafeCheckpointTrainer(Trainer):
                 state = self._running_state()
             finally:
                 self._staging = None
+            # each process has looked whether the folder of the best is there, some before it was
+            best = [self.state.best_model_checkpoint]
+            self.state.best_model_checkpoint = broadcast_object_list(best)[0]
             best_is_this = self.state.best_model_checkpoint == str(staged)
             if best_is_this:
                 self.state.best_model_checkpoint = str(final)
