@@ -54,7 +54,7 @@ def with_base_model(request: Request) -> Request:
         return request
     try:
         base = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
     fix = "give the model as --model_name_or_path, and the adapter as --adapter_name_or_path"
     if not base or not isinstance(base, str):

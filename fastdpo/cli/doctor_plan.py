@@ -43,13 +43,12 @@ def read_model(name: str) -> dict[str, Any]:
     Raises:
         UsageError: its config.json cannot be read, or does not say.
     """
-    from transformers import AutoConfig
-
     from fastdpo.training.logit_transform import logit_transform
+    from fastdpo.training.model_size import checked_config
 
     folder = Path(name).expanduser()
     try:
-        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+        config = checked_config(str(folder) if folder.is_dir() else name)
     except ImportError:
         raise
     except Exception as error:  # transformers raises no narrower class for a config.json that does not fit

@@ -96,9 +96,11 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     from fastdpo.data.errors import first_line
     from fastdpo.data.inspection import histogram_png, inspect_pairs
     from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of
+    from fastdpo.training.model_size import check_parts
 
     no_bars_without_terminal()
     try:
+        check_parts(given.model)  # the tokenizer's class reads the config too
         tokenizer: Any = AutoTokenizer.from_pretrained(given.model, trust_remote_code=given.trust_remote_code)
     except ImportError:
         raise

@@ -150,7 +150,9 @@ def build_config(request: Request) -> "DPOConfig":
 
 def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
     """Tokenizer and architecture (`config.model_type`) of the model. Raises UsageError where there is no such model."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from fastdpo.training.model_size import checked_config
 
     name = option["model_name_or_path"]
     # an adapter's folder has one where training saved it, maybe with tokens of its own
@@ -160,7 +162,7 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
     if option["model_revision"] is not None:
         hub["revision"] = option["model_revision"]
     try:
-        config = AutoConfig.from_pretrained(name, **hub)
+        config = checked_config(name, **hub)
     except (OSError, ValueError) as error:
         if (Path(name) / "config.json").is_file():
             raise UsageError(f"the config.json of the model {name} is not readable: {_reason(error)}") from error

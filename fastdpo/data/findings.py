@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.data.errors import DataError, first_line
 from fastdpo.data.limits import flat_lists
 from fastdpo.data.messages import for_template, from_json
 from fastdpo.data.rows import ID_COLUMNS
@@ -85,7 +86,10 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     ids: list[Any] = [tokenizer.eos_token_id]
     file = Path(tokenizer.name_or_path, "generation_config.json")
     if file.is_file():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
+            raise DataError(f"{file} is not a readable JSON object: {first_line(error)}.") from error
         ids += eos if isinstance(eos, list) else [eos]
     return {token for token in ids if isinstance(token, int)}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.messages import Message, for_template, from_json
@@ -53,15 +53,10 @@ def tokenize_row(
             tokenizer(prompt + (text if text.endswith(eos) else text + eos))["input_ids"] for text in (chosen, rejected)
         ]
         return _split(prompt_ids, whole)
-    options = {
-        "tools": from_json(row.get("tools")) or from_json(tools),
-        **(from_json(row.get("chat_template_kwargs")) or {}),
-    }
+    options = template_options(row, tools)
 
     def render(messages: list[Message], **more: Any) -> list[int]:
-        # transformers 5 answers with a BatchEncoding
-        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **more)
-        return encoded["input_ids"]
+        return template_ids(tokenizer, messages, **options, **more)
 
     prompt, chosen, rejected = (for_template(messages) for messages in (prompt, chosen, rejected))
     whole = [render(prompt + messages) for messages in (chosen, rejected)]
@@ -74,6 +69,25 @@ def tokenize_row(
         spans = assistant_spans(prompt + rejected, whole[1], render, first=len(prompt))
         columns["rejected_mask"] = _completion_mask(spans, whole[1], shared, rejected)
     return columns
+
+
+def template_options(row: dict[str, Any], tools: str | None = None) -> dict[str, Any]:
+    """What a row's chat template gets beside its messages; `tools` as in `tokenize_row`."""
+    return {
+        "tools": from_json(row.get("tools")) or from_json(tools),
+        **(from_json(row.get("chat_template_kwargs")) or {}),
+    }
+
+
+def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> list[int]:
+    """The ids of messages. Raises `jinja2.TemplateError`, also where the template divides by zero or never ends."""
+    try:
+        # transformers 5 answers with a BatchEncoding
+        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except (ArithmeticError, LookupError, TypeError, RecursionError, MemoryError) as error:
+        reason = str(error) or "there is not enough memory"
+        raise TemplateRuntimeError(f"{type(error).__name__}: {reason}") from error
+    return encoded["input_ids"]
 
 
 def _split(prompt_ids: list[int], whole: list[list[int]]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from fastdpo.data.collate import check_truncation
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import warn_unused
 from fastdpo.data.limits import Limits, apply_limits, keep_row, measure, none_left
-from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS, SCORED_TURNS, tokenize_row
+from fastdpo.data.messages import for_template
+from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS, SCORED_TURNS, template_options, tokenize_row
+from fastdpo.data.template_bounds import check_template
 from fastdpo.data.tokenize_report import TokenizeReport
 
 __all__ = ["ID_COLUMNS", "MASK_COLUMNS", "TokenizeReport", "pair_columns", "tokenize_dataset"]
@@ -79,7 +81,7 @@ def tokenize_dataset(
         else:
             _check_pairs(dataset, name)
     else:
-        _check_tokenizer(first, tokenizer, name)
+        _check_tokenizer(first, tokenizer, name, tools)
         masked = scored_turns == "all" and not isinstance(first["prompt"], str)
         columns = [*ID_COLUMNS, *(MASK_COLUMNS if masked else ())]
         options: dict[str, Any] = {
@@ -135,7 +137,9 @@ def _tokenize_indexed(
         raise DataError(f"{name}[{index}]: the chat template refuses this row: {error}") from None
 
 
-def _check_tokenizer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def _check_tokenizer(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str, tools: str | None = None
+) -> None:
     missing = [column for column in ("prompt", "chosen", "rejected") if column not in row]
     if missing:
         raise DataError(f"{name}: missing column `{missing[0]}`; found {', '.join(row)}.")
@@ -150,6 +154,10 @@ def _check_tokenizer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, na
             "tokenizer.chat_template, use the tokenizer of a chat model, or give prompt, chosen and rejected "
             "as text."
         )
+    else:
+        prompt, chosen, rejected = (for_template(row[part]) for part in ("prompt", "chosen", "rejected"))
+        renders = [(prompt, True), (prompt + chosen, False), (prompt + rejected, False)]
+        check_template(tokenizer, renders, template_options(row, tools), f"{name}[0]")
 
 
 def _check_pairs(dataset: Dataset, name: str) -> None:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.errors import RowError
 from fastdpo.data.messages import Message, clean_messages, for_template
+from fastdpo.data.rows import template_ids
+from fastdpo.data.template_bounds import check_template
 from fastdpo.ops.sequence import segment_sum
 from fastdpo.training.adapter_reference import AdapterOff
 from fastdpo.training.adapters import adapter_off
@@ -115,7 +118,7 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool = F
     """Messages through the chat template with its generation prompt; text as a user message, or as it is.
 
     Text stays as it is where the tokenizer has no chat template, and with `raw`.
-    Raises ValueError for messages where there is no template.
+    Raises ValueError for messages where there is no template, or one that refuses them or never ends.
     """
     if isinstance(prompt, str):
         if raw or tokenizer.chat_template is None:
@@ -124,9 +127,12 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, raw: bool = F
         prompt = [{"role": "user", "content": prompt}]
     elif tokenizer.chat_template is None:
         raise ValueError("a prompt is a list of messages, and the tokenizer has no chat template; give prompts as text")
-    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    encoded = tokenizer.apply_chat_template(for_template(prompt), **options)
-    return encoded["input_ids"]
+    messages = for_template(prompt)
+    check_template(tokenizer, [(messages, True)], {}, "the prompt")
+    try:
+        return template_ids(tokenizer, messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a prompt: {error}") from error
 
 
 def compare_answers(

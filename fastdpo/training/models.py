@@ -11,7 +11,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -31,6 +30,7 @@ from fastdpo.training.load_errors import (
     why_no_weights,
 )
 from fastdpo.training.logprob_forward import unwrap_peft
+from fastdpo.training.model_size import check_adapter_rank, check_model_size, check_parts, checked_config
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +113,14 @@ def _from_adapter_folder(path: str, args: DPOConfig, quantization_config: Any, d
     """The adapter over the base model that its configuration names, to be trained further."""
     try:
         config = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error
     if not config.base_model_name_or_path:
         raise ValueError(
             f"the adapter {path!r} does not say which model it belongs to; load both, and pass the PeftModel."
         )
     _check_adapter_type(config)
+    check_adapter_rank(config, path)
     base = _from_pretrained(config.base_model_name_or_path, args, quantization_config, default_dtype)
     name = args.model_adapter_name or "default"
     try:
@@ -144,15 +145,16 @@ def _from_pretrained(path: str, args: DPOConfig, quantization_config: Any, defau
             raise ValueError(f"model_init_kwargs: dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
     hub = {k: options[k] for k in ("trust_remote_code", "revision") if k in options}
     try:
-        config = AutoConfig.from_pretrained(path, **hub)
+        config = checked_config(path, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model {path!r}: {first_sentence(error)}") from error
     check_causal_lm(config)
     try:
+        check_model_size(config, path)
         # its own complaint about sizes names none of them
         info = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, loaded = cast(Any, AutoModelForCausalLM.from_pretrained(path, **{**options, **info}))
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
         raise ValueError(f"cannot load model {path!r}: {why_no_weights(path) or first_sentence(error)}") from error
     if options.get("ignore_mismatched_sizes"):  # asked for by name
         loaded["mismatched_keys"] = ()
@@ -196,11 +198,12 @@ def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokeniz
             path = PeftConfig.from_pretrained(path).base_model_name_or_path or path
         options = cast("dict[str, Any]", args.model_init_kwargs or {})
         try:
+            check_parts(path, revision=options.get("revision"))  # it reads the config too
             given = AutoTokenizer.from_pretrained(
                 path, revision=options.get("revision"), trust_remote_code=args.trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no tokenizer in {path!r}; pass processing_class.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"no tokenizer in {path!r} ({first_line(error)}); pass processing_class.") from error
     if not isinstance(given, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a tokenizer, got {type(given).__name__}.")
     if args.pad_token is not None:

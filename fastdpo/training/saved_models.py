@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fastdpo.data.errors import first_line
 from fastdpo.training.load_errors import check_loaded, first_sentence, size_mismatch, why_no_weights
+from fastdpo.training.model_size import check_adapter_rank, check_model_size, check_parts, checked_config
 from fastdpo.training.models import is_adapter_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,11 +38,12 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         config = PeftConfig.from_pretrained(adapter)
     except KeyError as error:
         raise ValueError(f"the adapter {adapter} is of type {error.args[0]}, which PEFT does not know") from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"the adapter {adapter} cannot be read: {first_line(error)}") from error
     if config.is_prompt_learning or config.is_adaption_prompt:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{adapter} is an adapter of type {kind}, which changes no weights; LoRA is wanted")
+    check_adapter_rank(config, adapter)
     return config
 
 
@@ -58,6 +60,7 @@ def load_model(path: str, dtype: torch.dtype | None = None, trust_remote_code: b
         base = load_model(config.base_model_name_or_path, dtype, trust_remote_code)
         return load_adapter(base, path, config.base_model_name_or_path)
     try:
+        check_model_size(checked_config(path, trust_remote_code=trust_remote_code), path)
         model, loaded = cast(
             Any,
             AutoModelForCausalLM.from_pretrained(
@@ -69,7 +72,7 @@ def load_model(path: str, dtype: torch.dtype | None = None, trust_remote_code: b
                 ignore_mismatched_sizes=True,  # its own complaint names none of them
             ),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = why_no_weights(path) or first_sentence(error)
         raise ValueError(f"the model {path} cannot be loaded: {reason}") from error
     check_loaded(loaded, f"the model {path} cannot be loaded")
@@ -123,6 +126,7 @@ def load_tokenizer_of(folders: list[str], trust_remote_code: bool = False) -> An
     if not found:
         raise ValueError(f"there is no tokenizer in {' or '.join(folders)}")
     try:
+        check_parts(found[0])  # the tokenizer's class reads the config too
         return AutoTokenizer.from_pretrained(found[0], trust_remote_code=trust_remote_code)
     except ImportError:
         raise

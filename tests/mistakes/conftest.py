@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -99,6 +100,14 @@ def disk(free: int | None = None, largest_file: int | None = None) -> Iterator[N
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
+@contextlib.contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """Seconds of a processor, this process's and its children's: a machine that is busy elsewhere does not count."""
+    before = sum(os.times()[:4])
+    yield
+    assert seconds is None or sum(os.times()[:4]) - before < seconds
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every file below `folder` with its bytes, and every folder."""
     return {
@@ -114,7 +123,8 @@ def answer(
     """answer(mistake): make the mistake, and check exit code, last sentence and what is left on the disk.
 
     A mistake (a row of a table) has `run`, `says`, and where needed `code` (2), `copies` of what is in the workshop,
-    `files`, `links`, `edits` of JSON files, files that are `removed` or `cut`, the `disk`, and what it `leaves`.
+    `files`, `links`, `edits` of JSON files, files that are `removed` or `cut`, the `disk`, what it `leaves`, and the
+    `seconds` that the answer may take.
     """
     here, hidden = tmp_path / "here", tmp_path / "hidden"
     for folder in (here, hidden / "temporary"):
@@ -125,11 +135,12 @@ def answer(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     places = {name: str(workshop / name) for name in ("model", "adapter", "other", "saved", "run", "pairs.jsonl")}
     places |= {"here": str(here), "out": str(here / "out"), "pairs": places["pairs.jsonl"]}
+    places |= {"deep": "[" * 100_000 + "]" * 100_000, "deep yaml": "[" * 5000 + "]" * 5000}
     places["train"] = "train -m {model} -d {pairs} --output_dir {out} --max_steps 1".format(**places)
 
     def fill(text: Any) -> Any:
         if isinstance(text, str):
-            return re.sub(r"\{(\w+)\}", lambda found: places.get(found[1], found[0]), text)
+            return re.sub(r"\{([\w ]+)\}", lambda found: places.get(found[1], found[0]), text)
         return [fill(item) for item in text] if isinstance(text, list) else text
 
     def check(mistake: dict[str, Any]) -> None:
@@ -148,7 +159,7 @@ def answer(
             (here / name).symlink_to(target)
         before, command = tree(here), shlex.split(fill(mistake["run"]))
         capsys.readouterr()
-        with disk(**mistake.get("disk", {})):
+        with disk(**mistake.get("disk", {})), at_most(mistake.get("seconds")):
             code = main(command)
         out, err = capsys.readouterr()
         assert code == mistake.get("code", 2), err

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-KINDS = ("arguments", "yaml", "data", "models", "disks")
+KINDS = ("arguments", "yaml", "data", "models", "disks", "hostile")
 TABLES: dict[str, list[dict[str, Any]]] = {
     kind: yaml.safe_load(Path(__file__).with_name(f"{kind}.yaml").read_text(encoding="utf-8")) for kind in KINDS
 }
+for row in TABLES["hostile"]:
+    row.setdefault("seconds", 5)
 ROWS = [pytest.param(row, id=f"{kind}: {row['name']}") for kind, table in TABLES.items() for row in table]
 
 
