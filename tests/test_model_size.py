@@ -68,6 +68,7 @@ def test_a_model_is_its_own_size(folders: dict[str, Path], name: str) -> None:
         ("llama", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000, and its weights are 21 tensors"),
         ("llama", {"num_hidden_layers": 10**300}, "num_hidden_layers is a number of 301 digits"),
         ("qwen3", {"num_hidden_layers": 10**10}, "num_hidden_layers is 10,000,000,000, and"),  # a list of its types
+        ("llama", {"num_hidden_layers": -1}, "num_hidden_layers is -1; give the config.json"),
         ("gpt2", {"n_layer": 10**7}, "n_layer is 10,000,000, and"),
         ("mixtral", {"num_local_experts": 10**7}, "num_local_experts is 10,000,000, and"),
         ("llama", {"extra": {"deeper": {"decoder_layers": 10**6}}}, "decoder_layers is 1,000,000, and"),

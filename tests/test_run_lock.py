@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,9 @@ def test_the_owner_is_named_and_leaves_nothing_of_itself(tmp_path: Path) -> None
         # still held
         with pytest.raises(FolderInUse, match=f"process {os.getpid()} on"), locked(tmp_path / "out", "another"):
             pytest.fail("two hold it")
-    assert not (tmp_path / "out" / OWNER).exists()
+    assert list((tmp_path / "out").iterdir()) == []
     check_free(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_second_process_is_refused_and_a_killed_one_keeps_nobody_out(
@@ -124,8 +127,7 @@ def test_a_trainer_holds_it_as_long_as_it_trains(tmp_path: Path, make_trainer: A
     assert other.state.global_step == 0
     other.train()
     assert other.state.global_step == 2
-    # no file of a lock goes with a checkpoint
-    assert not [path for path in tmp_path.rglob("*") if path.parent != tmp_path and path.name in (NAME, OWNER)]
+    assert not [path for path in tmp_path.rglob("*") if path.name in (NAME, OWNER)]
 
 
 def test_an_error_in_training_frees_it(tmp_path: Path, make_trainer: Any) -> None:
@@ -154,6 +156,28 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot be written"), locked(tmp_path / "file", None):
         pytest.fail("a file was locked")
+
+
+def test_of_many_one_holds_it_at_a_time(tmp_path: Path) -> None:
+    """Also where each removes its file as it leaves."""
+    inside, times = 0, 0
+
+    def work(name: int) -> None:
+        nonlocal inside, times
+        for _ in range(60):
+            try:
+                with locked(tmp_path, name):
+                    inside += 1
+                    assert inside == 1
+                    times += 1
+                    time.sleep(0.001)
+                    inside -= 1
+            except FolderInUse:
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert times > 20
 
 
 def test_several_processes_stop_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

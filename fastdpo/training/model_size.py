@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 # each of these is a module, or several: so many are built in seconds, and no model of weights has more
 _PARTS = {re.compile(r"(layers?|blocks?|depth)$"): 1000, re.compile(r"experts?$"): 10_000}
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # elements of a model that is a few sizes off: loading it names the tensor that does not fit
 _SLACK = 50_000_000
@@ -55,6 +56,8 @@ def check_parts(path: str, **hub: Any) -> None:
         return
     stored = _stored(path)
     for name, value in _integers(config):
+        if name in _LAYERS and value < 0:  # range() would make none of it
+            raise ValueError(f"{name} is {value}; give the config.json that belongs to the weights")
         for pattern, built in _PARTS.items():
             most = max(built, stored.tensors if stored else 0)
             if pattern.search(name) and value > most:

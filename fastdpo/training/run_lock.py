@@ -86,14 +86,14 @@ def locked(folder: Path, holder: Any) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (path / OWNER).unlink(missing_ok=True)
         del _held[path]
-        lock.release()
+        _released(lock)
 
 
 def check_free(folder: Path) -> None:
     """Raise FolderInUse where a run trains in `folder`, before anything heavy is loaded."""
-    lock = _acquired(folder)
+    lock = _acquired(folder) if (folder / NAME).exists() else None
     if lock is not None:
-        lock.release()
+        _released(lock)
 
 
 def _acquired(folder: Path) -> Any:
@@ -117,6 +117,13 @@ def _acquired(folder: Path) -> Any:
     except OSError as error:
         raise DiskError(f"output_dir {folder} cannot be written: {error.strerror or error}") from error
     return lock
+
+
+def _released(lock: Any) -> None:
+    """Remove the file while it is locked: who waits for it then sees that it is gone, and makes another."""
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _in_use(folder: Path, owner: dict[str, Any]) -> FolderInUse:
