@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -149,7 +150,9 @@ def measure_training(
             if case.entries and entry.name not in case.entries:
                 missing[entry.name] = NO_ROOM
                 continue
-            one, reason = attempt(partial(Trained, case, entry, *made, arguments))
+            # one run in a folder at a time, and all of them train by turns
+            own = {**arguments, "output_dir": str(Path(folder, entry.name))}
+            one, reason = attempt(partial(Trained, case, entry, *made, own))
             if one is None:
                 missing[entry.name] = reason
             else:

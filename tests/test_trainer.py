@@ -369,7 +369,7 @@ def test_a_nan_loss_is_logged_as_nan(tmp_path: Path) -> None:
                 with torch.no_grad():
                     kwargs["model"].lm_head.weight[5, 0] = math.nan
 
-    trainer = make(tmp_path, callbacks=[Poison()])
+    trainer = make(tmp_path, callbacks=[Poison()], on_nan="continue")
     trainer.train()
     losses = [line["loss"] for line in train_logs(trainer)]
     assert all(map(math.isfinite, losses[:2]))
