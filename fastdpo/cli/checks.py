@@ -1,6 +1,5 @@
 """What is checked before anything heavy is loaded: the model's folder, what belongs together."""
 
-import json
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.parsing import Request, UsageError
+from fastdpo.data.json_text import read_json
 
 ADAPTER_OPTIONS = ("use_rslora", "use_dora", "init_lora_weights")  # and what begins with lora_
 
@@ -53,8 +53,8 @@ def with_base_model(request: Request) -> Request:
     if folder is None or not _is_adapter_folder(Path(folder)):
         return request
     try:
-        base = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = read_json(Path(folder, "adapter_config.json"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
         base = None
     fix = "give the model as --model_name_or_path, and the adapter as --adapter_name_or_path"
     if not base or not isinstance(base, str):

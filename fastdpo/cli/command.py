@@ -92,6 +92,9 @@ def number_from(lowest: float, above: bool = False) -> Callable[[str], float]:
     return convert
 
 
+NESTED = "a file or a value is nested too deeply to be read; arguments, rows and model files are flat (--debug: where)"
+
+
 class WriteFailed(Exception):
     """The result cannot be written; the message is one sentence."""
 
@@ -143,6 +146,8 @@ def run_command(
         # a message of ours may list rows line by line
         ours = type(error).__module__.startswith("fastdpo.")
         return fail(debug, f"{parser.prog}: error: {error if ours else one_sentence(error)}", 2)
+    except RecursionError:  # of a library, or one of the steps that walk what was read
+        return fail(debug, f"{parser.prog}: error: {NESTED}", 2)
     except WriteFailed as error:
         return fail(debug, f"{parser.prog}: failed: {error}", 1)
     except Exception as error:

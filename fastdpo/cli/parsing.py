@@ -1,7 +1,6 @@
 """Command line and config file -> checked values, from the table of fields alone: no torch, no transformers."""
 
 import argparse
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fastdpo.cli import llama_factory
 from fastdpo.cli.arguments import Field
+from fastdpo.cli.config_files import OWN_FLAGS, read_config
 from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.llama_factory import KEYS
 from fastdpo.cli.llama_factory_keys import RENAMED
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 BY_NAME = {field.name: field for field in FIELDS}
 DEFAULTS = {field.name: field.default for field in FIELDS}
 SHORT = {"-m": "--model_name_or_path", "-d": "--dataset_name", "-h": "--help"}
-OWN_FLAGS = ("help", "help_all", "debug", "demo", "config")
 
 # names that other trainers or older releases use for what a field does here: closer than spelling tells
 ELSEWHERE = {
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str]) -> Request:
         raise UsageError(f"'{alone[0]}' stands alone: arguments are --name value; a config file is the first word")
     given = vars(found)
     config = given["config"]
-    entries = _read_config(Path(config)) if config is not None else []
+    entries = read_config(Path(config)) if config is not None else []
     entries += [Entry(name, value) for name, value in given.items() if name not in OWN_FLAGS]
     foreign = llama_factory.is_one(entries)
     if foreign:
@@ -217,58 +216,3 @@ def _suggestion(name: str, prefix: str = "") -> str:
         return f": here it is '{prefix}{ELSEWHERE[name]}'"
     close = get_close_matches(name, [*BY_NAME, *OWN_FLAGS], n=1, cutoff=0.6)
     return f": did you mean '{prefix}{close[0]}'?" if close else " (see fastdpo train --help-all)"
-
-
-def _read_config(path: Path) -> list[Entry]:
-    """Its arguments, names unchecked. Raises UsageError for a file that is not a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--config {path} is not UTF-8 text") from error
-    entries = _json_entries(path, text) if path.suffix == ".json" else _yaml_entries(path, text)
-    found: dict[str, Entry] = {}
-    for key, value, place in entries:
-        name = key.replace("-", "_")
-        if name in OWN_FLAGS:
-            raise UsageError(f"{place}: '{key}' belongs on the command line, not in a file")
-        if name in found:
-            raise UsageError(f"{place}: '{key}' stands twice in this file")
-        found[name] = Entry(name, value, place)
-    return list(found.values())
-
-
-def _json_entries(path: Path, text: str) -> list[tuple[str, Any, str]]:
-    try:
-        # pairs, so that a key that stands twice is seen
-        entries = json.loads(text, object_pairs_hook=_Pairs)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(entries, _Pairs):
-        raise UsageError(f"{path} should be a JSON object of arguments, got {type(entries).__name__}")
-    return [(key, dict(value) if isinstance(value, _Pairs) else value, str(path)) for key, value in entries]
-
-
-class _Pairs(list[tuple[str, Any]]):
-    pass
-
-
-def _yaml_entries(path: Path, text: str) -> list[tuple[str, Any, str]]:
-    import yaml  # only where a config file is read
-
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
-            return []
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        if problem.startswith("but "):  # it goes on from what stands in the context
-            problem = f"{getattr(error, 'context', '')} {problem}"
-        raise UsageError(f"{path}{line}: not YAML: {problem}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"{path} should be 'name: value' lines, got {type(values).__name__}")
-    return [(str(key.value), values.get(key.value), f"{path}:{key.start_mark.line + 1}") for key, _ in node.value]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.cli.checks import TrainingFailed, check_request, one_sentence, only_process_of_several, with_base_model
-from fastdpo.cli.command import fail, log_to_stderr
+from fastdpo.cli.command import NESTED, fail, log_to_stderr
 from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.pairs import load_data
 from fastdpo.cli.parsing import DEFAULTS, Request, UsageError, help_text, parse
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         message = str(error) if _is_ours(error) else one_sentence(error)
         return fail(debug, f"fastdpo train: error: {message}", 2)
+    except RecursionError:  # of a library, or one of the steps that walk what was read
+        return fail(debug, f"fastdpo train: error: {NESTED}", 2)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
         if _is_ours(cause):

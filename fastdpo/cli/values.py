@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from fastdpo.cli.arguments import Field
+from fastdpo.data.json_text import parse_json
 
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 WANTED = {
@@ -53,9 +54,13 @@ def convert(value: Any, field: Field, where: str) -> Any:
         value = "no"  # YAML reads a bare `no` as false
     if "dict" in kinds and isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            json.loads(value)
+            parse_json(value)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{where} is not JSON: {error.msg} at character {error.pos}, in {value!r}") from error
+            raise UsageError(
+                f"{where} is not JSON: {error.msg} at character {error.pos}, in {_shown(value)}"
+            ) from error
+        except ValueError as error:
+            raise UsageError(f"{where} cannot be read: {error}") from error
     for kind in kinds:
         try:
             result = _as_kind(value, kind, field)
@@ -68,7 +73,12 @@ def convert(value: Any, field: Field, where: str) -> Any:
                 raise UsageError(f"{where} should be one of {', '.join(field.choices)}, got '{name}'{hint}")
         return result
     wanted = " or ".join(_wanted(kind) for kind in kinds if kind != "None" or len(kinds) == 1)
-    raise UsageError(f"{where} should be {wanted}, got {value!r}")
+    raise UsageError(f"{where} should be {wanted}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _wanted(kind: str) -> str:
@@ -91,14 +101,14 @@ def _as_kind(value: Any, kind: str, field: Field) -> Any:
             return number
         return int(number) if number == int(number) else _refuse()
     if kind == "list[dict]" and isinstance(value, str):
-        value = json.loads(value)
+        value = parse_json(value)
     if kind.startswith("list"):
         # one word is a list only where the field takes no plain text
         if isinstance(value, str) and ("," in value or "str" not in field.type.split(" | ")):
             value = [item.strip() for item in value.split(",")]
         return [_as_kind(item, kind[5:-1], field) for item in value] if isinstance(value, list) else _refuse()
     if kind == "dict":
-        mapping = json.loads(value) if isinstance(value, str) else value
+        mapping = parse_json(value) if isinstance(value, str) else value
         return mapping if isinstance(mapping, dict) else _refuse()
     if kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)

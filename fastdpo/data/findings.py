@@ -1,6 +1,5 @@
 """What looks wrong in tokenized pairs, one sentence each; counted in Arrow's buffers, so that training can look too."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.errors import DataError, first_line
+from fastdpo.data.json_text import read_json
 from fastdpo.data.limits import flat_lists
 from fastdpo.data.messages import for_template, from_json
 from fastdpo.data.rows import ID_COLUMNS
@@ -87,9 +87,11 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     file = Path(tokenizer.name_or_path, "generation_config.json")
     if file.is_file():
         try:
-            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, RecursionError, AttributeError) as error:
-            raise DataError(f"{file} is not a readable JSON object: {first_line(error)}.") from error
+            eos = read_json(file).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file} is not a JSON object ({first_line(error)}); copy or save the model again."
+            ) from error
         ids += eos if isinstance(eos, list) else [eos]
     return {token for token in ids if isinstance(token, int)}
 

@@ -4,7 +4,6 @@ The implicit reward of an answer y to a prompt x is beta * (log pi(y|x) - log pi
 without its term of x alone, which is the same for both answers.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.errors import RowError
+from fastdpo.data.json_text import parse_json
 from fastdpo.data.messages import Message, clean_messages, for_template
 from fastdpo.data.rows import template_ids
 from fastdpo.data.template_bounds import check_template
@@ -98,7 +98,7 @@ def read_prompts(path: str) -> list[Prompt]:
 
 def _from_json(line: str, place: str) -> Prompt:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON ({error}); wanted one object a line") from error
     prompt = row.get("prompt") if isinstance(row, dict) else None

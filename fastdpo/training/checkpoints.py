@@ -211,7 +211,7 @@ def unreadable_weights(folder: Path) -> str | None:
             names = ("model.safetensors", "adapter_model.safetensors")
             files = [folder / name for name in names if (folder / name).is_file()]
             files += sorted(folder.glob("*/adapter_model.safetensors"))
-    except (ValueError, KeyError, AttributeError, OSError):
+    except (ValueError, KeyError, AttributeError, OSError, RecursionError):
         return f"{index.name} is not readable"
     if not files:
         return "the weights are missing"

@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fastdpo.data.collate import TRUNCATION_MODES, check_truncation
+from fastdpo.data.json_text import parse_json
 from fastdpo.data.layouts import BATCH_LAYOUTS
 from fastdpo.data.limits import ON_OVERLONG
 from fastdpo.data.rows import SCORED_TURNS
@@ -312,9 +313,11 @@ class DPOConfig(TrainingArguments):
     def _check_tools(self) -> None:
         if isinstance(self.tools, str):
             try:
-                self.tools = json.loads(self.tools)
+                self.tools = parse_json(self.tools)
             except json.JSONDecodeError as error:
                 raise ValueError(f"tools is not JSON: {error.msg} at character {error.pos}.") from None
+            except ValueError as error:
+                raise ValueError(f"tools cannot be read: {error}.") from error
         if self.tools is not None and not isinstance(self.tools, list):
             raise ValueError(f"tools must be a list of tools, got {type(self.tools).__name__}.")
         # text, as every other argument: it is logged, hashed and written to files

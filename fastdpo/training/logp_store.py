@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.data.json_text import read_json
 from fastdpo.data.tokenize import pair_columns
 from fastdpo.training.content_hashes import tensors_hash
 from fastdpo.training.files import write_atomic
@@ -122,7 +123,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise StaleLogpsError unless `folder` is empty or holds log-probs of the same settings."""
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         if any(folder.glob("shard-*")):
             raise StaleLogpsError(f"{folder} has reference log-probs and no {MANIFEST}; remove the folder.") from None

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo import __version__
+from fastdpo.data.json_text import read_json
 from fastdpo.losses import LossOptions
 from fastdpo.training.metrics import LOGGED
 from fastdpo.training.patient_files import PatientFiles
@@ -145,7 +146,7 @@ def plain_json(value: Any) -> Any:
 def _run_record(path: Path) -> dict[str, Any] | None:
     """Trainer's record of a whole run in a log_history.json, None where there is none that can be read."""
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
+        history = read_json(path)
         return next((record for record in reversed(history) if RUN_RECORD in record), None)
     except (OSError, ValueError, TypeError):
         return None
@@ -289,7 +290,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(summary, dict):
