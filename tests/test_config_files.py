@@ -9,7 +9,8 @@ from fastdpo.cli.config_files import read_config
 from fastdpo.cli.values import UsageError
 
 MERGES = "lora: &a {x: 1}\n" + "".join(
-    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n" for before, name in zip("abcdefghi", "bcdefghij")
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
 )
 
 
@@ -27,7 +28,7 @@ MERGES = "lora: &a {x: 1}\n" + "".join(
         (
             "run.json",
             '{"beta": ' + "9" * 5000 + "}",
-            "run.json cannot be read: JSON with an integer of too many digits",
+            "JSON with an integer of too many digits",
         ),
     ],
     ids=["list", "block", "a little", "merges", "itself", "digits", "large", "json", "json digits"],
