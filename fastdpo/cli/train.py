@@ -17,7 +17,7 @@ from fastdpo.cli.fields import FIELDS
 from fastdpo.cli.pairs import load_data
 from fastdpo.cli.parsing import DEFAULTS, Request, UsageError, help_text, parse
 from fastdpo.escaping import visible
-from fastdpo.training.files import check_writable
+from fastdpo.training.files import check_output_dir, check_writable
 
 if TYPE_CHECKING:
     from fastdpo.training.config import DPOConfig
@@ -97,7 +97,7 @@ def run(request: Request) -> str:
             "accelerate launch --multi_gpu --num_processes N -m fastdpo train ... --use_cpu"
         )
     args = build_config(request)
-    check_writable(str(args.output_dir), "--output_dir")
+    check_output_dir(str(args.output_dir), "--output_dir")
 
     from fastdpo.training.run_lock import check_free
 

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.training.content_hashes import changed_file
-from fastdpo.training.files import sync_folder, sync_tree, why_not_written, write_atomic
+from fastdpo.training.files import remove_tree, sync_folder, sync_tree, why_not_written, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,9 @@ def staging_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> list[str]:
     """Remove what killed runs left half written (or half deleted) in `run_dir`; returns the names."""
-    leftovers = sorted(path for path in Path(run_dir).glob(f"{_STAGING}*") if path.is_dir())
+    leftovers = sorted(path for path in Path(run_dir).glob(f"{_STAGING}*") if path.is_dir() or path.is_symlink())
     for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     return [path.name for path in leftovers]
 
 
@@ -83,7 +82,7 @@ def whole_or_nothing(staging: Path, final: Path) -> Iterator[None]:
         reason = why_not_written(error)
         if reason is None:
             raise
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         raise CheckpointNotWritten(
             f"{final} cannot be written: {reason}; make room, and go on from an earlier one with resume_from_checkpoint"
         ) from error
@@ -107,7 +106,7 @@ def model_or_sentence(folder: str) -> Iterator[None]:
 def publish(staged: Path, final: Path) -> None:
     """Make `staged` durable and rename it to `final`; an older folder of that name is replaced."""
     sync_tree(staged)
-    if final.exists():
+    if final.exists() or final.is_symlink():
         remove_checkpoint(final)
     os.replace(staged, final)
     sync_folder(final.parent)
@@ -116,9 +115,9 @@ def publish(staged: Path, final: Path) -> None:
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint; a kill in between leaves a leftover, not a checkpoint with files missing."""
     doomed = path.with_name(f"{_STAGING}{path.name}-deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
     os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
 
 
 def checkpoints_by_step(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:

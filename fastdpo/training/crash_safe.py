@@ -1,7 +1,6 @@
 """A Trainer that a kill cannot hurt: checkpoints appear whole, and resuming loses no running sum."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from fastdpo.training import checkpoints
 from fastdpo.training.checkpoint_weights import load_adapters, load_whole_model
 from fastdpo.training.content_hashes import files_of, hash_files, write_manifest
 from fastdpo.training.disk_space import RoomCheck
+from fastdpo.training.files import remove_tree
 from fastdpo.training.step_watch import StepWatch
 from fastdpo.training.stop_signals import EvaluationLeft, Preempted, StopSignals
 
@@ -114,7 +114,7 @@ class SafeCheckpointTrainer(Trainer):
         staging = checkpoints.staging_folder(run_dir, self.state.global_step)
         staged, final = staging / name, run_dir / name
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_tree(staging)
         self.accelerator.wait_for_everyone()
         with checkpoints.whole_or_nothing(staging, final):
             self._staging = staging

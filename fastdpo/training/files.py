@@ -3,8 +3,17 @@
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from pathlib import Path
+
+METRICS_FOLDER = "dpo_metrics"  # of a run, in its output_dir
+# what transformers and PEFT write in place, through a link
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "training_args.bin"),
+)
 
 
 class DiskError(ValueError):
@@ -27,6 +36,37 @@ def check_writable(folder: str | os.PathLike[str], argument: str) -> None:
             file.flush()
     except OSError as error:
         raise DiskError(f"{argument} {folder} cannot be written: {error.strerror}") from error
+
+
+def check_output_dir(folder: str | os.PathLike[str], argument: str) -> None:
+    """`check_writable`, and that the metric files would be in `folder`, which may be a link itself.
+
+    Raises:
+        DiskError: as above; or its `METRICS_FOLDER` is a link that leads out of it.
+    """
+    check_writable(folder, argument)
+    metrics = Path(folder, METRICS_FOLDER)
+    if metrics.is_symlink() and not metrics.resolve().is_relative_to(Path(folder).resolve()):
+        raise DiskError(
+            f"{argument} {folder}: its {METRICS_FOLDER} is a link to {os.readlink(metrics)}, out of that folder; "
+            f"remove the link, or give another {argument.lstrip('-')}"
+        )
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder as far as that is possible; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def cut_model_links(folder: str | os.PathLike[str]) -> None:
+    """Remove links among the files that saving a model would write through: what they lead to is somebody else's."""
+    for name in _MODEL_FILES:
+        path = Path(folder, name)
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def why_not_written(error: BaseException) -> str | None:

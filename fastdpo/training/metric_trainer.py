@@ -17,6 +17,7 @@ from fastdpo.training.advice import Advisor
 from fastdpo.training.checkpoints import model_or_sentence
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.eval_answers import EvaluationAnswers
+from fastdpo.training.files import cut_model_links
 from fastdpo.training.model_card import Card, hub_names, write_card
 from fastdpo.training.reference_trainer import ReferenceTrainer
 from fastdpo.training.report import RUN_RECORD, MetricsReport
@@ -180,6 +181,8 @@ class MetricTrainer(ReferenceTrainer):
             super().save_model(output_dir, _internal_call)
             return
         with model_or_sentence(str(output_dir or self.args.output_dir)):
+            if self.args.should_save:
+                cut_model_links(str(output_dir or self.args.output_dir))
             super().save_model(output_dir, _internal_call)
         if output_dir in (None, self.args.output_dir):
             try:

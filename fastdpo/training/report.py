@@ -23,12 +23,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fastdpo import __version__
 from fastdpo.data.json_text import read_json
 from fastdpo.losses import LossOptions
+from fastdpo.training.files import METRICS_FOLDER
 from fastdpo.training.metrics import LOGGED
 from fastdpo.training.patient_files import PatientFiles
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "dpo_metrics"
+FOLDER = METRICS_FOLDER
 FILES = ("training_metrics.csv", "training_curves.png", "summary.json", "log_history.json")
 LEADING = (
     "step",

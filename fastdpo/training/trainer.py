@@ -23,7 +23,7 @@ from fastdpo.training import metrics
 from fastdpo.training.adapters import choose_adapters
 from fastdpo.training.bars import dataset_bars
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.files import check_writable
+from fastdpo.training.files import check_output_dir
 from fastdpo.training.layout_trainer import LayoutTrainer
 from fastdpo.training.logprob_forward import STATISTICS, LogprobForward
 from fastdpo.training.models import (
@@ -118,7 +118,7 @@ class DPOTrainer(LayoutTrainer):
             logger.warning("tokenizer is processing_class today; taken as that.")
         check_arguments(model, ref_model, args)
         if args.should_save:
-            check_writable(str(args.output_dir), "output_dir")
+            check_output_dir(str(args.output_dir), "output_dir")
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
         self.tokenize_reports: dict[str, TokenizeReport] = {}
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
