@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -142,3 +145,56 @@ def sends_at(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
 
     made = session.DPOTrainer
     patch.setattr(session, "DPOTrainer", lambda *args, **options: made(*args, **options, callbacks=[callback]))
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+import torch
+from transformers import TrainerCallback
+from fastdpo.cli import main, session
+
+torch.set_num_threads(1)
+
+
+class Act(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1 and os.environ["RANK"] == "1":
+            if sys.argv[1] == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                next(iter(model.parameters())).data.fill_(float("nan"))
+
+
+made = session.DPOTrainer
+session.DPOTrainer = lambda *args, **options: made(*args, **options, callbacks=[Act()])
+code = main(sys.argv[2:])
+sys.stderr.flush()
+os._exit(code)  # all is written; threads of gloo sometimes abort a process that ends by the book
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "code"), [("signal", 143), ("nan", 1)])
+def test_two_processes_end_at_the_same_step(train_command: list[str], tmp_path: Path, what: str, code: int) -> None:
+    """Though only one of them was told, or met the number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [*train_command, "--use_cpu", "--save_steps=1", "--ddp_find_unused_parameters=False"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, what, *command],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], "\n".join(errors)
+    steps = [step for step, _ in checkpoints_by_step(tmp_path / "out")]
+    assert steps == ([1, 2] if what == "signal" else [1])
+    assert all(incomplete_reason(path) is None for _, path in checkpoints_by_step(tmp_path / "out"))
+    if what == "nan":
+        assert "step 2: " in errors[0]
