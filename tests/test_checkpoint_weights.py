@@ -143,6 +143,7 @@ def test_the_best_model_is_of_one_step(
         load_best_model_at_end=True,
         metric_for_best_model="chosen_by_test",
         greater_is_better=True,
+        save_only_model=name == "gpt_neox",
     )
     evaluate = trainer.evaluate
     best = {2: 0.5, 4: 0.9, 6: 0.1}

@@ -92,6 +92,17 @@ def test_an_evaluation_is_left_in_the_middle(
     assert incomplete_reason(tmp_path / "checkpoint-2") is None
 
 
+def test_an_evaluation_before_the_first_step_is_left_too(
+    make_trainer: Any, id_pairs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sends = Signal(signal.SIGTERM, 0, "on_prediction_step")
+    trainer = make_trainer(tmp_path, eval_data=id_pairs(9, seed=2), callbacks=[sends], eval_on_start=True)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert not checkpoints_by_step(tmp_path)
+    assert any("before the first step, so there is no checkpoint" in line for line in caplog.messages)
+
+
 def test_a_signal_that_somebody_else_handles_or_ignores_stays_theirs(make_trainer: Any, tmp_path: Path) -> None:
     seen: list[int] = []
     found = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from fastdpo.data.errors import first_line
 from fastdpo.training import checkpoints
 from fastdpo.training.checkpoint_weights import load_adapters, load_whole_model
-from fastdpo.training.content_hashes import files_of, hash_files, write_manifest
+from fastdpo.training.content_hashes import changed_file, files_of, hash_files, write_manifest
 from fastdpo.training.disk_space import RoomCheck
 from fastdpo.training.files import remove_tree
 from fastdpo.training.step_watch import StepWatch
@@ -178,7 +178,8 @@ class SafeCheckpointTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        reason = checkpoints.incomplete_reason(best, self._sharded)
+        # of a checkpoint without optimizer (save_only_model) too
+        reason = (None if self._sharded else checkpoints.unreadable_weights(best)) or changed_file(best)
         if reason is not None:
             raise checkpoints.CheckpointError(f"the best model cannot be taken from {best}: {reason}.")
         if not self._read_weights(best):
@@ -188,7 +189,8 @@ class SafeCheckpointTrainer(Trainer):
         """The weights of a checkpoint, every one of them, into the model; False where an engine has its own way."""
         if self._sharded:
             return False
-        found = self.accelerator.unwrap_model(cast(Any, self.model if model is None else model))
+        wrapped = cast(Any, self.model if model is None else model)
+        found = self.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
         if isinstance(found, PeftModel):
             load_adapters(found, folder)
         else:
@@ -241,7 +243,13 @@ class SafeCheckpointTrainer(Trainer):
         if skip_scheduler and self.state.global_step > 0:
             # eval_on_start: the run started before, and the checkpoint's history has that evaluation
             return {}
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationLeft:
+            if not skip_scheduler:
+                raise
+            logger.warning("ended by a signal before the first step, so there is no checkpoint of this run.")
+            raise Preempted from None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; the record of a resumed run has no `train_loss`, which would cover this call only."""
