@@ -25,6 +25,15 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def in_bytes(size: int) -> str:
+    """`9 GB`, `670 bytes`."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            number = size / unit
+            return f"{number:,.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
+    return f"{size} bytes"
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line without its full stop."""
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.errors import DataError, RowError, first_line, why_not_json
+import psutil
 
+from fastdpo.data.errors import DataError, RowError, in_bytes, why_not_json
+
+# a text file is in memory as bytes, as text and as rows
+COPIES = 3
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 # one row with its place ("pairs.jsonl:4"); a row that could not be read is the reason why
 PlacedRow = tuple[str, Any]
@@ -40,6 +44,13 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        # stat first: of a sparse file, or one on a larger machine's disk, nothing else would be said before the end
+        size, free = path.stat().st_size, psutil.virtual_memory().available
+        if COPIES * size > free:
+            raise DataError(
+                f"{path} has {in_bytes(size)}, and reading it takes {COPIES} times as much memory, of which "
+                f"{in_bytes(free)} are free; make several smaller files of it, or a parquet file."
+            )
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
@@ -120,7 +131,7 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
     limit = csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is shorter than long chats
     try:
         header = next(reader, None) or []
-        _refuse_twice(f"{path}:1", header)
+        refuse_twice(f"{path}:1", header)
         line = reader.line_num + 1
         for cells in reader:
             if cells:
@@ -132,7 +143,7 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
         csv.field_size_limit(limit)
 
 
-def _refuse_twice(place: str, names: list[str]) -> None:
+def refuse_twice(place: str, names: list[str]) -> None:
     twice = next((name for index, name in enumerate(names) if name and name in names[:index]), None)
     if twice is not None:
         raise DataError(f"{place}: more than one column is named `{twice}`; rename or remove the others.")
@@ -162,17 +173,6 @@ def _csv_cell(name: str, cell: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[PlacedRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from fastdpo.data.parquet import read_parquet  # pyarrow, where there is such a file
 
-    try:
-        file = pq.ParquetFile(path)
-        _refuse_twice(str(path), file.schema_arrow.names)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = first_line(error).split(". ")[0]
-        raise DataError(f"{path} is not a readable parquet file: {reason}.") from None
+    return read_parquet(path)
