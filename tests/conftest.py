@@ -16,7 +16,8 @@ import torch.utils._device
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# torch lists its constructors once; with torch.empty patched below, `with torch.device("meta")` would miss it
+# torch lists its constructors at their first use; with torch.empty patched below, `with torch.device("meta")` would
+# miss the real one if that is in a test
 torch.utils._device._device_constructors()
 # tiny tensors lose more to a second thread than they gain, most of all where other work wants the cores
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fastdpo.training.checkpoint_weights import load_whole_model
-from fastdpo.training.checkpoints import CheckpointError
+from fastdpo.training.checkpoints import STATE_NAME, CheckpointError
 from fastdpo.training.content_hashes import MANIFEST
 
 Sizes = Callable[..., dict[str, Any]]
@@ -232,8 +232,46 @@ def test_a_config_that_was_written_by_hand_is_not_needed(make_trainer: Any, tiny
     assert different(tensors(trainer.model), tensors(stored)) == []
 
 
+def test_the_best_model_is_found_where_the_run_was_moved_to(
+    make_trainer: Any, id_pairs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    options |= {"eval_data": id_pairs(4, seed=2), "metric_for_best_model": "loss", "greater_is_better": False}
+    first = make_trainer(tmp_path / "old", max_steps=2, **options)
+    first.train()
+    state = tmp_path / "old" / "checkpoint-2" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    assert content["best_global_step"] == 2
+    state.write_text(json.dumps({**content, "best_metric": -1.0}))  # no later step is better
+    (tmp_path / "old" / "checkpoint-2" / MANIFEST).unlink()
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    resumed = make_trainer(tmp_path / "new", max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-2")
+    best, final = (load_file(tmp_path / "new" / part / "model.safetensors") for part in ("checkpoint-2", ""))
+    assert different(best, final) == []
+    shutil.rmtree(tmp_path / "new" / "checkpoint-2")
+    last = make_trainer(tmp_path / "new", max_steps=5, **{**options, "eval_steps": 1, "save_steps": 1})
+    last.train(resume_from_checkpoint=True)
+    assert last.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-5")
+    assert any("the best model so far was checkpoint-2" in line for line in caplog.messages)
+
+
+def test_a_class_that_initializes_what_it_reads_does_not(tiny_config: Sizes, tmp_path: Path) -> None:
+    """Youtu's zeroes the padding token's embedding, whatever the file holds."""
+    config = AutoConfig.for_model("youtu", **tiny_config(head_dim=None))
+    one, two = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    one.get_input_embeddings().weight.data.normal_()
+    one.save_pretrained(tmp_path)
+    load_whole_model(two, tmp_path)
+    assert different(tensors(one), tensors(two)) == []
+
+
 def test_an_optimizer_of_other_parameters_is_named(make_trainer: Any, tiny_config: Sizes, tmp_path: Path) -> None:
+    """Of a checkpoint that does not say itself what was trained."""
     make_trainer(tmp_path, save_steps=2, max_steps=2).train()
+    for name in (STATE_NAME, MANIFEST):
+        (tmp_path / "checkpoint-2" / name).unlink()
     model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config()))
     model.lm_head.requires_grad_(False)
     with pytest.raises(CheckpointError, match="its optimizer is of other trainable parameters, or another optimizer"):

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DogeConfig,
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
@@ -32,6 +33,7 @@ CONFIGS = {
     "mixtral": MixtralConfig(**ROWS, num_local_experts=4),
     "gpt2": GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2, n_positions=32),
     "gptj": GPTJConfig(**SMALL, n_embd=16, n_layer=2, n_head=2, n_positions=1024, rotary_dim=4),
+    "doge": DogeConfig(**ROWS),  # its default names 16,384 experts, and it has none
     "mamba": MambaConfig(**SMALL, hidden_size=16, num_hidden_layers=2, state_size=4),
 }
 

@@ -44,8 +44,6 @@ CASES |= {
 def one_thread() -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # TRL's loading must not meet conftest's poisoned torch.empty: see test_parity_trl
-    torch.utils._device._device_constructors.cache_clear()
     yield
     torch.set_num_threads(threads)
 

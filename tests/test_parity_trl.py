@@ -40,7 +40,6 @@ def poisoned() -> None:
     A patched one, or one that torch met while it was patched, escapes `with torch.device("meta")`:
     from_pretrained then draws random numbers, and TRL seeds its adapter before it loads.
     """
-    torch.utils._device._device_constructors.cache_clear()
 
 
 @pytest.fixture(scope="module")

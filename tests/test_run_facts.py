@@ -123,3 +123,40 @@ def test_another_model_is_named(started: Any, tiny_config: Any) -> None:
     other = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config(intermediate_size=40)))
     with pytest.raises(CheckpointError, match=r"has shape \(.*48.*\) there and \(.*40.*\) in this run"):
         started(model=other).train(resume_from_checkpoint=True)
+
+
+def test_another_base_model_and_dtype_are_named(
+    make_trainer: Any, tiny_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(name: str, folder: str) -> Any:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config()))
+        model.save_pretrained(tmp_path / name)
+        return make_trainer(tmp_path / folder, model=str(tmp_path / name), save_steps=2, max_steps=2)
+
+    run("a", "out").train()
+    run("b", "out").train(resume_from_checkpoint=True)
+    (line,) = said(caplog)
+    assert f'model was "{tmp_path / "a"}" and is "{tmp_path / "b"}"' in line
+
+
+def test_other_trained_weights_are_refused(started: Any, tiny_config: Any) -> None:
+    """As many, of the same shapes, in the place of others."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config()))
+    model.model.layers[0].requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"trained other weights \(21 tensors .* this run has 12 tensors"):
+        started(model=model).train(resume_from_checkpoint=True)
+
+
+def test_another_optimizer_is_refused_but_for_the_same_in_another_form(started: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"has the state of optim adamw_torch.*, and this run has sgd"):
+        started(optim="sgd").train(resume_from_checkpoint=True)
+    started(optim="adamw_torch", max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_other_evaluation_data_are_named(
+    make_trainer: Any, id_pairs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path, eval_data=id_pairs(4, seed=2), save_steps=2, max_steps=2).train()
+    make_trainer(tmp_path, eval_data=id_pairs(4, seed=3), max_steps=2).train(resume_from_checkpoint=True)
+    (line,) = said(caplog)
+    assert "evaluation data was" in line

@@ -1,5 +1,6 @@
 """Two runs never train in one folder, and a run that was killed keeps nobody out."""
 
+import errno
 import json
 import os
 import signal
@@ -143,12 +144,12 @@ def test_an_error_in_training_frees_it(tmp_path: Path, make_trainer: Any) -> Non
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def acquire(self: Any, **options: Any) -> None:
-        raise NotImplementedError
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_lock.FileLock, "acquire", acquire)
+    monkeypatch.setattr("fcntl.flock", flock)
     with locked(tmp_path, "me"):
-        pass
+        assert list(tmp_path.iterdir()) == []
     assert any(f"the file system of {tmp_path} has no locks" in line for line in caplog.messages)
 
 

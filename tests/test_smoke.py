@@ -131,8 +131,6 @@ def logs(trainer: Any) -> list[dict[str, float]]:
 )
 def test_the_load_balancing_loss_is_trl_s(tmp_path: Path, build: Any, options: dict[str, Any]) -> None:
     trl = pytest.importorskip("trl")
-    # a patched torch.empty, see conftest, escapes `with torch.device("meta")`
-    torch.utils._device._device_constructors.cache_clear()
     build().save_pretrained(tmp_path / "moe")
     tokenizer().save_pretrained(tmp_path / "moe")
     texts = ["w5 w9 ", "w7 w4 w12 ", "w30 w2 ", "w21 w17 ", "w3 w44 w5 ", "w8 w6 "]

@@ -1,5 +1,7 @@
 """A number that is not finite stops the run after its step, named, and the last good checkpoint stays."""
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import TrainerCallback
 
 from fastdpo.cli import main, session
 from fastdpo.training import step_watch
-from fastdpo.training.checkpoints import checkpoints_by_step
+from fastdpo.training.checkpoints import CheckpointError, checkpoints_by_step
 from fastdpo.training.step_watch import NotFiniteError
 
 NAN, INF = float("nan"), float("inf")
@@ -131,3 +133,30 @@ def test_on_a_gpu_the_answer_is_read_a_step_later_but_before_a_log_or_a_save(
             trainer.train()
         assert trainer.state.global_step == stops_at
         assert not checkpoints_by_step(tmp_path / folder)
+
+
+def test_what_led_to_it_is_in_the_metric_files(make_trainer: Any, tmp_path: Path) -> None:
+    """The window that ends with the number, though it would have been logged later."""
+    trainer = make_trainer(tmp_path, callbacks=[BreakAt(3, "loss", NAN)], logging_steps=10, max_steps=9)
+    with pytest.raises(NotFiniteError):
+        trainer.train()
+    (row,) = csv.DictReader((tmp_path / "dpo_metrics" / "training_metrics.csv").read_text().splitlines())
+    assert (row["step"], row["loss"]) == ("3", "nan")
+    assert json.loads((tmp_path / "dpo_metrics" / "summary.json").read_text())["steps"] == 3
+
+
+def test_any_error_leaves_what_was_logged_and_one_before_training_leaves_the_files_alone(
+    make_trainer: Any, id_pairs: Any, tmp_path: Path
+) -> None:
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[Fail()], save_steps=2).train()
+    table = (tmp_path / "dpo_metrics" / "training_metrics.csv").read_text()
+    assert [row["step"] for row in csv.DictReader(table.splitlines())] == ["1", "2", "3"]
+    with pytest.raises(CheckpointError, match="other rows"):
+        make_trainer(tmp_path, data=id_pairs(9, seed=5)).train(resume_from_checkpoint=True)
+    assert (tmp_path / "dpo_metrics" / "training_metrics.csv").read_text() == table

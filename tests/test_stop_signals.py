@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -92,6 +93,40 @@ def test_an_evaluation_is_left_in_the_middle(
     assert incomplete_reason(tmp_path / "checkpoint-2") is None
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(make_trainer: Any, tmp_path: Path) -> None:
+    """A scheduler signals a process and its parents, which pass it on; a shell sends SIGHUP again."""
+    both = [Signal(signal.SIGTERM, 1, "on_step_begin"), Signal(signal.SIGHUP, 1, "on_step_begin")]
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, callbacks=[*both, Signal(signal.SIGTERM, 1, "on_step_begin")]).train()
+    assert [step for step, _ in checkpoints_by_step(tmp_path)] == [2]
+
+
+def test_a_signal_to_the_whole_group_leaves_the_data_loaders(make_trainer: Any, id_pairs: Any, tmp_path: Path) -> None:
+    class ToAll(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                children = psutil.Process().children()
+                assert children
+                for child in children:
+                    child.send_signal(signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"dataloader_num_workers": 2, "save_strategy": "no", "max_steps": 30, "num_train_epochs": 9}
+    trainer = make_trainer(tmp_path, data=id_pairs(60), callbacks=[ToAll()], **options)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert [step for step, _ in checkpoints_by_step(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("options", [{"save_only_model": True}, {"save_strategy": "no"}])
+def test_the_checkpoint_of_an_ended_run_can_be_resumed(make_trainer: Any, tmp_path: Path, options: Any) -> None:
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, callbacks=[Signal(signal.SIGTERM, 1, "on_step_begin")], **options).train()
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [step for step, _ in losses(resumed)] == [1, 2, 3, 4]
+
+
 def test_an_evaluation_before_the_first_step_is_left_too(
     make_trainer: Any, id_pairs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,9 +181,17 @@ def test_ctrl_c_says_which_checkpoint_there_is_or_that_there_is_none(
         (["--save_steps=1"], f"--resume_from_checkpoint goes on from {tmp_path / 'out' / 'checkpoint-2'}"),
     ):
         with monkeypatch.context() as patch:
-            sends_at(patch, Signal(signal.SIGINT, 2, "on_step_begin"))
+            sends_at(patch, Interrupt())
             assert main([*train_command, *more]) == 130
         assert f"fastdpo train: interrupted; {wanted}" in capfd.readouterr().err
+
+
+class Interrupt(TrainerCallback):
+    """What Ctrl-C raises: a test's process may ignore the signal."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
 
 
 def sends_at(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:

@@ -56,7 +56,6 @@ ALL = ("log_probs", *trl_head.OUTPUTS)
 @pytest.fixture(autouse=True)
 def poisoned() -> None:
     """torch.empty as it is: patched, it escapes the meta device on which models are built before they are loaded."""
-    torch.utils._device._device_constructors.cache_clear()
 
 
 @pytest.fixture(autouse=True)

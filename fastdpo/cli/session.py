@@ -20,6 +20,7 @@ from fastdpo.training.config import DPOConfig
 from fastdpo.training.disk_space import check_room, model_size
 from fastdpo.training.files import DiskError
 from fastdpo.training.run_lock import output_dir_locked
+from fastdpo.training.stop_signals import Preempted
 from fastdpo.training.trainer import DPOTrainer
 
 # what summary.json says of a model where it is asked for
@@ -112,7 +113,7 @@ class Session:
                     trainer.evaluate()
                 if args.save_strategy == "no":  # else the trainer has saved them
                     trainer.save_model()
-        except SystemExit:
+        except Preempted:
             # as at the end of a run: a process that ends before the others may abort in its group's threads
             trainer.accelerator.end_training()
             raise

@@ -1,5 +1,6 @@
 """What a run shows: progress lines and one example pair on stderr, the result on stdout."""
 
+import contextlib
 import json
 import math
 import shlex
@@ -32,7 +33,8 @@ def say(text: str) -> None:
     """One line of the log: stderr, without breaking a progress bar."""
     from tqdm.auto import tqdm
 
-    tqdm.write(visible(text), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed ends no run
+        tqdm.write(visible(text), file=sys.stderr)
 
 
 def no_bars_without_terminal() -> bool:

@@ -44,8 +44,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"fastdpo train: interrupted; {_how_to_go_on(output_dir)}", file=sys.stderr)
         return 130
-    except SystemExit as end:  # after a SIGTERM or SIGHUP, said already
-        return int(end.code or 0)
+    except SystemExit as end:  # after a SIGTERM or SIGHUP, said already; or a library's
+        if isinstance(end.code, str):
+            return fail(debug, f"fastdpo train: failed: {one_sentence(end)}", 1)
+        return end.code or 0
     except (ValueError, OSError, ImportError) as error:
         message = str(error) if _is_ours(error) else one_sentence(error)
         return fail(debug, f"fastdpo train: error: {message}", 2)

@@ -194,7 +194,11 @@ def _wrong_parts(folder: Path) -> str | None:
         return "rng_state.pth is missing"
     for path in [folder / "optimizer.pt", folder / "scheduler.pt", *rng_files]:
         # torch.save writes a zip; its directory is at the end, so a file cut short does not open
-        if not zipfile.is_zipfile(path):
+        try:
+            readable = zipfile.is_zipfile(path)
+        except (zipfile.BadZipFile, OSError):
+            readable = False
+        if not readable:
             return f"{path.name} is not readable"
     return unreadable_weights(folder)
 

@@ -63,10 +63,11 @@ def changed_file(folder: Path) -> str | None:
     """Why the files in `folder` are not those that its manifest names; None where they are, or where there is none."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        hashes = dict(manifest["files"]) if manifest["algorithm"] == ALGORITHM else {}
-        for name, wanted in hashes.items():
+        if manifest["algorithm"] != ALGORITHM or not manifest["files"]:
+            return f"{MANIFEST} is not readable"
+        for name, wanted in dict(manifest["files"]).items():
             if file_hash(folder / name) != wanted:
-                return f"{name} is not as it was written (its content hash differs)"
+                return f"{name} is not as it was written (its hash differs; to use it all the same remove {MANIFEST})"
     except FileNotFoundError as error:
         missing = Path(str(error.filename))
         return None if missing.name == MANIFEST else f"{missing.name} is missing"

@@ -1,13 +1,22 @@
 """A Trainer that a kill cannot hurt: checkpoints appear whole, and resuming loses no running sum."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from fastdpo.data.errors import first_line
 from fastdpo.training import checkpoints
@@ -16,7 +25,7 @@ from fastdpo.training.content_hashes import changed_file, files_of, hash_files, 
 from fastdpo.training.disk_space import RoomCheck
 from fastdpo.training.files import remove_tree
 from fastdpo.training.step_watch import StepWatch
-from fastdpo.training.stop_signals import EvaluationLeft, Preempted, StopSignals
+from fastdpo.training.stop_signals import EvaluationLeft, Preempted, StopSignals, left_to_the_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +48,8 @@ class SafeCheckpointTrainer(Trainer):
         scaled = getattr(self.accelerator, "scaler", None) is not None
         on_nan = cast(Any, self.args).on_nan
         self._watch = StepWatch(on_nan, scaled, self._signals, self._advice_on_nan)
-        self.add_callback(self._signals)
-        self.add_callback(self._watch)
+        for callback in (self._signals, self._watch, _BestIsHere()):
+            self.add_callback(callback)
 
     def extra_state(self) -> dict[str, Any]:
         """JSON values to keep in a checkpoint; called on every process."""
@@ -105,6 +114,19 @@ class SafeCheckpointTrainer(Trainer):
             raise checkpoints.CheckpointError(answer[1])
         return answer[0]
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`; its workers leave SIGTERM and SIGHUP to the trainer."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(left_to_the_trainer, loader.worker_init_fn)
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The same for `Trainer.get_eval_dataloader`."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        if getattr(loader.worker_init_fn, "func", None) is not left_to_the_trainer:  # persistent workers' is kept
+            loader.worker_init_fn = partial(left_to_the_trainer, loader.worker_init_fn)
+        return loader
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
@@ -117,12 +139,14 @@ class SafeCheckpointTrainer(Trainer):
             remove_tree(staging)
         self.accelerator.wait_for_everyone()
         with checkpoints.whole_or_nothing(staging, final):
-            self._staging = staging
+            self._staging, only_model = staging, self.args.save_only_model
+            # the checkpoint from which an ended run goes on
+            self.args.save_only_model = only_model and not self._signals.stopping
             try:
                 super()._save_checkpoint(model, trial)
                 state = self._running_state()
             finally:
-                self._staging = None
+                self._staging, self.args.save_only_model = None, only_model
             # each process has looked whether the folder of the best is there, some before it was
             best = [self.state.best_model_checkpoint]
             self.state.best_model_checkpoint = broadcast_object_list(best)[0]
@@ -148,11 +172,18 @@ class SafeCheckpointTrainer(Trainer):
             super()._push_from_checkpoint(str(final))
 
     def _hashes(self, folder: Path) -> dict[str, str]:
-        """The content hashes of all files of a checkpoint, each process looking at its share of them."""
+        """The content hashes of a checkpoint's files, of those that this machine has where each has its own."""
         self.accelerator.wait_for_everyone()
         args = self.args
-        mine = hash_files(folder, files_of(folder)[args.process_index :: args.world_size])
-        return dict(gather_object(list(mine.items()))) if args.world_size > 1 else mine
+        if args.world_size == 1 or args.save_on_each_node:
+            return hash_files(folder, files_of(folder)) if args.should_save else {}
+        # each process looks at its share
+        names = cast(Any, broadcast_object_list([files_of(folder) if args.process_index == 0 else None]))[0]
+        mine = hash_files(folder, names[args.process_index :: args.world_size])
+        hashes = dict(gather_object(list(mine.items())))
+        if args.process_index == 0:  # files that the others do not see
+            hashes |= hash_files(folder, [name for name in names if name not in hashes])
+        return hashes
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # the upload runs in the background and must not read a folder that is about to be renamed
@@ -179,7 +210,10 @@ class SafeCheckpointTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         # of a checkpoint without optimizer (save_only_model) too
-        reason = (None if self._sharded else checkpoints.unreadable_weights(best)) or changed_file(best)
+        reason = None
+        if self.args.process_index == 0:
+            reason = (None if self._sharded else checkpoints.unreadable_weights(best)) or changed_file(best)
+        reason = cast(Any, broadcast_object_list([reason]))[0]
         if reason is not None:
             raise checkpoints.CheckpointError(f"the best model cannot be taken from {best}: {reason}.")
         if not self._read_weights(best):
@@ -213,14 +247,19 @@ class SafeCheckpointTrainer(Trainer):
     ) -> None:
         # the tensor that is set to zero in place when it is logged
         self._loss_since_log = tr_loss
+        control = self.control
+        # a callback after the watch may have asked for it
+        if (control.should_log or control.should_evaluate or control.should_save) and self._watch.settle():
+            self._signals.stop(control)
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationLeft:
             self._signals.stop(self.control)
-            self._save_checkpoint(model, trial)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         if self._signals.stopping:
-            folder = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+            folder = Path(super()._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            if not folder.is_dir():
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             logger.warning(f"ended by a signal; {folder} is written: resume_from_checkpoint goes on from it.")
             raise Preempted
 
@@ -277,3 +316,23 @@ class SafeCheckpointTrainer(Trainer):
             self._resumed = None
             loss = loss + earlier
         return loss
+
+
+class _BestIsHere(TrainerCallback):
+    """A resumed run finds its best checkpoint in its own output_dir, which may have been moved or copied since."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = getattr(state, "best_global_step", None)
+        if not step or not state.global_step:
+            return
+        here = Path(str(args.output_dir), f"checkpoint-{step}")
+        if here.is_dir():
+            state.best_model_checkpoint = str(here)
+        elif args.load_best_model_at_end:
+            logger.warning(
+                f"resume: the best model so far was {here.name} (metric {state.best_metric}), which is not in "
+                f"{args.output_dir} any more: the best of the steps to come will be taken."
+            )
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -50,9 +51,7 @@ class EvaluationAnswers(TrainerCallback):
         rows = [self._answers(list(prompt), state.global_step) for prompt in prompts]
         path = Path(args.output_dir, FOLDER, NAME)
         # of a resumed run what came after its checkpoint is written again
-        kept = [
-            line for line in (self.files.read(path) or "").splitlines() if json.loads(line)["step"] < state.global_step
-        ]
+        kept = [line for line in (self.files.read(path) or "").splitlines() if _step(line) < state.global_step]
         lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
         self.files.write(path, "".join(f"{line}\n" for line in lines))
 
@@ -79,3 +78,11 @@ def _generating(policy: Any, reference: Reference) -> tuple[Any, Callable[[], Ab
     if isinstance(reference, AdapterOff | OtherAdapter):
         return policy, lambda: cast(Any, reference).switch(find_peft(policy))
     return None
+
+
+def _step(line: str) -> float:
+    """The step of a line that an earlier run wrote; of one that cannot be read infinity: it goes."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf

@@ -52,6 +52,11 @@ class LayoutTrainer(MetricTrainer):
 
     def _set_layout(self, reference: Reference, own_collator: bool) -> None:
         args, policy, collator = self.args, cast(Model, self.model), self.data_collator
+        if args.world_size > 1:
+            # one process may have tried a forward for which the others do not hold the weights yet
+            forwards = [self._logprob_forward, *([reference.forward] if isinstance(reference, FrozenModel) else [])]
+            for forward, route in zip(forwards, broadcast_object_list([f.route for f in forwards]), strict=True):
+                forward.route = route
         if own_collator:
             if args.batch_layout not in ("auto", "padded"):
                 raise ValueError(

@@ -23,6 +23,7 @@ from fastdpo.training.reference_trainer import ReferenceTrainer
 from fastdpo.training.report import RUN_RECORD, MetricsReport
 from fastdpo.training.run_details import run_details
 from fastdpo.training.speed import Stopwatch, peak_memory_gb
+from fastdpo.training.step_watch import NotFiniteError
 from fastdpo.training.trackers import outlive_full_disk
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,21 @@ class MetricTrainer(ReferenceTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         for callback in self.callback_handler.callbacks:
             outlive_full_disk(callback)
+        self.report.began = False
         try:
             with self._memory.explained():
                 return super().train(*args, **kwargs)
+        except NotFiniteError:
+            # the window in which it happened is worth most of all; all processes are here
+            loss, steps = getattr(self, "_tr_loss", None), self.state.global_step - self._globalstep_last_logged
+            if loss is not None and steps > 0:
+                self.log({"loss": loss.item() / steps})
+            self.report.write(self.args, self.state)
+            raise
+        except BaseException:
+            if self.report.began:  # else the files are of an earlier run
+                self.report.write(self.args, self.state)
+            raise
         finally:
             self._stopwatch.stop()
 

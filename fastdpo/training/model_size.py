@@ -13,11 +13,18 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 # each of these is a module, or several: so many are built in seconds, and no model of weights has more
-_PARTS = {re.compile(r"(layers?|blocks?|depth)$"): 1000, re.compile(r"experts?$"): 10_000}
+_PARTS = {
+    re.compile(r"^(n|num|number)_(\w+_)?(layers?|blocks?)$|^(\w+_)?(layers|depth)$"): 1000,
+    re.compile(r"experts?$"): 1_000_000,
+}
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # elements of a model that is a few sizes off: loading it names the tensor that does not fit
 _SLACK = 50_000_000
+
+
+# torch's words for a shape that no tensor can have
+_TOO_LARGE = re.compile("overflow|negative dimension|[Ss]torage size")
 
 
 class Stored(NamedTuple):
@@ -52,7 +59,9 @@ def check_parts(path: str, **hub: Any) -> None:
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=hub.get("revision"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        return
+    if not isinstance(config, Mapping):
         return
     stored = _stored(path)
     for name, value in _integers(config):
@@ -82,6 +91,8 @@ def check_model_size(config: PreTrainedConfig, path: str) -> None:
         size = sum(parameter.numel() for parameter in model.parameters())
         tables = sum(buffer.numel() for buffer in model.buffers())
     except (RuntimeError, OverflowError, MemoryError) as error:
+        if not (isinstance(error, OverflowError | MemoryError) or _TOO_LARGE.search(str(error))):
+            return
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(f"its config.json makes a model that cannot be built ({reason})") from error
     except Exception:  # loading the weights meets it too, and says it in its own words
@@ -119,7 +130,10 @@ def _integers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 def _stored(path: str) -> Stored | None:
     """What the headers of a folder's safetensors files say; None where there are none that can be read."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("pytorch_model*.bin")):
+        return None
+    files = sorted([*folder.glob("model*.safetensors"), *folder.glob("adapter_model*.safetensors")])
     return _headers(tuple((str(file), file.stat().st_mtime_ns) for file in files)) if files else None
 
 

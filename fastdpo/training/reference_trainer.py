@@ -17,7 +17,7 @@ from fastdpo.training.out_of_memory import MemoryWatch
 from fastdpo.training.pair_logps import SequenceLogps
 from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
 from fastdpo.training.reference import NoReference, Reference
-from fastdpo.training.run_facts import DATA, differences, run_facts
+from fastdpo.training.run_facts import DATA, TRAINED, differences, run_facts
 from fastdpo.training.sync_reference import SyncCallback, SyncedAdapter, SyncedModel
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class ReferenceTrainer(AdapterTrainer):
     args: DPOConfig
     tokenizer: PreTrainedTokenizerBase
     _logprob_forward: LogprobForward
-    # of the run as it began: Trainer changes some arguments while it trains
+    # of the run as it began
+    _arguments: dict[str, Any] | None = None
     _facts: dict[str, Any] | None = None
 
     def _set_reference(self, reference: Reference) -> None:
@@ -83,8 +84,8 @@ class ReferenceTrainer(AdapterTrainer):
         """As `Trainer.train`; after it the policy is no starting policy any more."""
         if isinstance(self._reference, PrecomputedReference):
             self._reference.policy_moves()
-        self._facts = None
-        self._run_facts()
+        # Trainer changes some of them while it trains
+        self._facts, self._arguments = None, self.args.to_dict()
         return super().train(*args, **kwargs)
 
     def extra_state(self) -> dict[str, Any]:
@@ -98,7 +99,15 @@ class ReferenceTrainer(AdapterTrainer):
     def _run_facts(self) -> dict[str, Any]:
         if self._facts is None:
             model = self.accelerator.unwrap_model(cast(Any, self.model))
-            self._facts = run_facts(self.args, model, self.train_dataset, self.reference_origin)
+            arguments = self._arguments or self.args.to_dict()
+            self._facts = run_facts(
+                arguments,
+                self.args.world_size,
+                model,
+                self.train_dataset,
+                self.eval_dataset,
+                self.reference_origin,
+            )
         return self._facts
 
     def _compare_runs(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -108,6 +117,18 @@ class ReferenceTrainer(AdapterTrainer):
                 "cannot resume: the checkpoint's run trained on other rows (their token ids differ, or their order), "
                 "so that the steps done and to do would be of two data sets; give the data that it began with, or set "
                 "resume_with_other_data."
+            )
+        if TRAINED in old and old[TRAINED] != new[TRAINED]:
+            raise checkpoints.CheckpointError(
+                f"cannot resume: the checkpoint's run trained other weights ({old[TRAINED]} where this run has "
+                f"{new[TRAINED]}), and an optimizer's state goes by their order; train the same, or start from the "
+                "model in the checkpoint without resuming."
+            )
+        optimizers = [str(facts.get("optim")) for facts in (old, new)]
+        if optimizers[0] != optimizers[1] and not all(name.startswith("adamw_torch") for name in optimizers):
+            raise checkpoints.CheckpointError(
+                f"cannot resume: the checkpoint has the state of optim {optimizers[0]}, and this run has "
+                f"{optimizers[1]}; go on with the same, or start from the model in the checkpoint without resuming."
             )
         differ = differences(old, new)
         if self.args.should_log and (differ or other_data):

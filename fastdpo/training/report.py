@@ -214,11 +214,14 @@ class MetricsReport(TrainerCallback):
         self._drawn: list[dict[str, Any]] | None = None
         self._trains: bool | None = None
         self._first_step = 0
+        # whether training began since the trainer set it to False
+        self.began = False
         self._earlier_run: dict[str, Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.began = True
         self._trains = True
         self._first_step, self._earlier_run = state.global_step, None
         if not _writes(args, state):

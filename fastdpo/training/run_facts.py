@@ -1,17 +1,17 @@
 """What a run trains with, as plain JSON: kept in its checkpoints, and compared where one of them is resumed."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainingArguments
 
 from fastdpo.training.adapters import trained_adapter
 from fastdpo.training.fingerprints import data_hash
 
-DATA = "data"
+DATA, TRAINED = "data", "trained weights"
 # arguments that change nothing of what is trained: where and how a run is looked after, and how it is resumed
 _NOT_COMPARED = {
     *("output_dir", "logging_dir", "run_name", "project", "trackio_space_id", "report_to", "disable_tqdm"),
@@ -24,22 +24,40 @@ _NOT_COMPARED = {
 }
 
 
-def run_facts(args: TrainingArguments, model: Any, train_dataset: Any, reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument, and the adapter, the reference, the number of processes and the data's hash, by name.
+def run_facts(
+    arguments: Mapping[str, Any],
+    processes: int,
+    model: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    reference: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Every argument, and model, adapter, reference, processes, what is trained, and hashes of the data, by name.
 
-    reference: what it is, for a program (`Reference.origin`). The hash is of token ids, in order; None for a stream.
+    arguments: `TrainingArguments.to_dict()`. reference: what it is, for a program (`Reference.origin`). The hash is of
+    token ids, in order; None for a stream.
     """
-    facts = {name: value for name, value in args.to_dict().items() if name not in _NOT_COMPARED}
-    facts["processes"] = args.world_size
+    facts = {name: value for name, value in arguments.items() if name not in _NOT_COMPARED}
+    facts["processes"] = processes
     for name, value in reference.items():
         if name != "precomputed":  # a folder
             facts[f"reference {name}"] = value
+    # where it was loaded from; an adapter's is its base model's
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    facts["model"] = base.name_or_path or type(base).__name__
+    facts["dtypes"] = sorted({str(p.dtype).removeprefix("torch.") for p in base.parameters()})
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    facts[TRAINED] = f"{len(names)} tensors ({hashlib.sha256(repr(names).encode()).hexdigest()[:12]})"
     if isinstance(model, PeftModel):
         config = model.peft_config[trained_adapter(model)].to_dict()
         # where it was loaded from, and what does nothing once it is there
         own = ("base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision")
         facts |= {f"adapter {name}": value for name, value in config.items() if name not in own}
     facts[DATA] = data_hash(train_dataset) if isinstance(train_dataset, Dataset) else None
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    for name, dataset in evals.items():
+        if isinstance(dataset, Dataset):
+            facts[f"evaluation data {name}".rstrip()] = data_hash(dataset)[:12]
     return json.loads(json.dumps(facts, sort_keys=True, default=_plain))
 
 

@@ -5,10 +5,12 @@ went. A file beside it names the owner, for the one who is refused.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +102,9 @@ def _acquired(folder: Path) -> Any:
     """The lock of `folder`, held; None, with a line, on a file system that has no locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not _has_locks(folder):
+            logger.warning(f"the file system of {folder} has no locks, so a second run in it would not be noticed.")
+            return None
         lock = FileLock(folder.resolve() / NAME)
         try:
             lock.acquire(timeout=0)
@@ -111,12 +116,23 @@ def _acquired(folder: Path) -> Any:
                 lock.acquire(timeout=LEFT_BEHIND)
             except Timeout:
                 raise _in_use(folder, _owner(folder)) from None
-    except NotImplementedError:
-        logger.warning(f"the file system of {folder} has no locks, so a second run in it would not be noticed.")
-        return None
     except OSError as error:
         raise DiskError(f"output_dir {folder} cannot be written: {error.strerror or error}") from error
     return lock
+
+
+def _has_locks(folder: Path) -> bool:
+    """Network file systems may be mounted without; a file that stands for a lock would outlive a killed run."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+    return True
 
 
 def _released(lock: Any) -> None:

@@ -76,7 +76,11 @@ class StepWatch(TrainerCallback):
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         # a signal that is read here comes again at the next step, if there is one
-        self._read(0)
+        self.settle()
+
+    def settle(self) -> bool:
+        """Wait for all steps so far; True where the process was asked to end. Raises `NotFiniteError`."""
+        return self._read(0)
 
     def _read(self, left: int) -> bool:
         """Look at all steps but the last `left`; True where the process was asked to end."""
@@ -162,15 +166,15 @@ def _largest(tensors: Iterable[tuple[str, Tensor]]) -> Largest | None:
     """Names, and the largest absolute value of each tensor, NaN where one of its values is (fp32, (P,))."""
     # of a tensor that is split, what this process holds
     found = [(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for name, tensor in tensors]
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
     for name, tensor in found:
         if tensor.numel() and tensor.is_floating_point():
-            by_device.setdefault(tensor.device, []).append((name, tensor))
+            alike.setdefault((tensor.device, tensor.dtype), []).append((name, tensor))
     names: list[str] = []
     values: list[Tensor] = []
-    for device, some in by_device.items():
+    for some in alike.values():
         # in one launch where the device can; PyTorch's own gradient clipping calls it too
         norms = torch._foreach_norm([tensor for _, tensor in some], float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-        values.append(torch.stack([norm.float() for norm in norms]).to(next(iter(by_device), device)))
+        values.append(torch.stack(list(norms)).float().to(found[0][1].device))
         names += [name for name, _ in some]
     return (names, torch.cat(values)) if values else None

@@ -4,7 +4,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainingArguments
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 143
+# schedulers and shells send a signal several times, to the process and by its parents
+AGAIN_AFTER = 10.0
 
 
 class Preempted(SystemExit):
@@ -24,6 +27,15 @@ class Preempted(SystemExit):
 
 class EvaluationLeft(Exception):
     """Left an evaluation in the middle, since the process was asked to end."""
+
+
+def left_to_the_trainer(init: Callable[[int], None] | None, worker: int) -> None:
+    """A data loader's `worker_init_fn`: a signal to the whole group is for the trainer, which needs it to the end."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if init is not None:
+        init(worker)
 
 
 class StopSignals(TrainerCallback):
@@ -42,7 +54,7 @@ class StopSignals(TrainerCallback):
     def caught(self) -> Iterator[None]:
         """Catch them meanwhile, where nobody else does: one that is ignored (nohup) or handled already stays so.
 
-        A second signal ends the process at once.
+        A second signal, some seconds later, ends the process at once.
         """
         self.received, self.stopping = None, False
         # Python sets handlers in its main thread only
@@ -60,11 +72,15 @@ class StopSignals(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if time.monotonic() - self._since > AGAIN_AFTER:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
-        self.received = signal.Signals(number).name
-        logger.warning(f"{self.received}: a checkpoint is written at the end of this step; a second one ends at once.")
+        self.received, self._since = signal.Signals(number).name, time.monotonic()
+        logger.warning(
+            f"{self.received}: a checkpoint is written at the end of this step; one more, after {AGAIN_AFTER:.0f} s, "
+            "ends at once."
+        )
 
     def stop(self, control: TrainerControl) -> None:
         """Make the trainer save now and train no further."""
