@@ -4,6 +4,7 @@ On a GPU there are two runs, since a process either interprets kernels or compil
 the gpu tests out, `pytest -m gpu` compiles and runs nothing else.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -196,6 +197,13 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(report, "curves_png", lambda log_history: b"\x89PNG not drawn")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now is there to stay: accelerate collects garbage at each start of training, a quarter of a
+    second over all modules of transformers."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty gives NaN: an output that nothing wrote shows."""
@@ -206,6 +214,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk: a test's process may be killed, its machine stays on."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
