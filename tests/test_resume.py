@@ -335,7 +335,8 @@ class Ready(module.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         print("step", state.global_step, flush=True)
 
-options = dict(max_steps=int(sys.argv[3]), save_steps=int(sys.argv[4]), save_total_limit=3)
+# without the curves, whose first drawing takes as long as twenty steps: kills are to hit saves
+options = dict(max_steps=int(sys.argv[3]), save_steps=int(sys.argv[4]), save_total_limit=3, metric_files=False)
 module.make(Path(sys.argv[2]), callbacks=[Ready()], **options).train(resume_from_checkpoint=True)
 """
 
