@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import IterableDataset
 from peft import LoraConfig
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo.training.checkpoints import STATE_NAME, CheckpointError
 from fastdpo.training.content_hashes import MANIFEST
-from fastdpo.training.run_facts import differences
+from fastdpo.training.run_facts import differences, facts_at_start
 
 
 @pytest.fixture
@@ -117,6 +119,18 @@ def test_differences_are_of_what_both_have() -> None:
     assert differences(old, {"a": 1.0, "b": [2], "data": "y", "new": 4}) == ["b was [1, 2] and is [2]"]
     (line,) = differences({"a": "x" * 200}, {"a": None})
     assert len(line) < 120
+
+
+def test_what_engines_wrap_has_the_same_name(tiny_config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config()))
+    before = facts_at_start({}, model)
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    assert any("_orig_mod" in name for name, _ in model.named_parameters())
+    assert facts_at_start({}, model) == before
+    model.lm_head.requires_grad_(False)
+    assert facts_at_start({}, model)["trained weights"] != before["trained weights"]
 
 
 def test_another_model_is_named(started: Any, tiny_config: Any) -> None:

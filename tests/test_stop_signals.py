@@ -101,7 +101,10 @@ def test_a_signal_that_comes_twice_at_once_is_one(make_trainer: Any, tmp_path: P
     assert [step for step, _ in checkpoints_by_step(tmp_path)] == [2]
 
 
-def test_a_signal_to_the_whole_group_leaves_the_data_loaders(make_trainer: Any, id_pairs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("planned", [{}, {"max_tokens_per_batch": 64}], ids=["pairs", "tokens"])
+def test_a_signal_to_the_whole_group_leaves_the_data_loaders(
+    make_trainer: Any, id_pairs: Any, tmp_path: Path, planned: dict[str, Any]
+) -> None:
     class ToAll(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
@@ -111,7 +114,7 @@ def test_a_signal_to_the_whole_group_leaves_the_data_loaders(make_trainer: Any, 
                     child.send_signal(signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    options = {"dataloader_num_workers": 2, "save_strategy": "no", "max_steps": 30, "num_train_epochs": 9}
+    options = {"dataloader_num_workers": 2, "save_strategy": "no", "max_steps": 30, **planned}
     trainer = make_trainer(tmp_path, data=id_pairs(60), callbacks=[ToAll()], **options)
     with pytest.raises(Preempted):
         trainer.train()

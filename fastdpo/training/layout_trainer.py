@@ -3,6 +3,7 @@
 import logging
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from fastdpo.training.metric_trainer import MetricTrainer
 from fastdpo.training.precomputed import on_device
 from fastdpo.training.reference import FrozenModel, Reference
 from fastdpo.training.reference_trainer import model_call
+from fastdpo.training.stop_signals import left_to_the_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,7 @@ class LayoutTrainer(MetricTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(left_to_the_trainer, None),
         )
 
     def _batch_plan(self) -> BatchPlan | None:

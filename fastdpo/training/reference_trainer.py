@@ -17,7 +17,7 @@ from fastdpo.training.out_of_memory import MemoryWatch
 from fastdpo.training.pair_logps import SequenceLogps
 from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
 from fastdpo.training.reference import NoReference, Reference
-from fastdpo.training.run_facts import DATA, TRAINED, differences, run_facts
+from fastdpo.training.run_facts import DATA, TRAINED, differences, facts_at_start, run_facts
 from fastdpo.training.sync_reference import SyncCallback, SyncedAdapter, SyncedModel
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ReferenceTrainer(AdapterTrainer):
     tokenizer: PreTrainedTokenizerBase
     _logprob_forward: LogprobForward
     # of the run as it began
-    _arguments: dict[str, Any] | None = None
+    _at_start: dict[str, Any] | None = None
     _facts: dict[str, Any] | None = None
 
     def _set_reference(self, reference: Reference) -> None:
@@ -85,7 +85,7 @@ class ReferenceTrainer(AdapterTrainer):
         if isinstance(self._reference, PrecomputedReference):
             self._reference.policy_moves()
         # Trainer changes some of them while it trains
-        self._facts, self._arguments = None, self.args.to_dict()
+        self._facts, self._at_start = None, facts_at_start(self.args.to_dict(), self._plain_model())
         return super().train(*args, **kwargs)
 
     def extra_state(self) -> dict[str, Any]:
@@ -98,10 +98,9 @@ class ReferenceTrainer(AdapterTrainer):
 
     def _run_facts(self) -> dict[str, Any]:
         if self._facts is None:
-            model = self.accelerator.unwrap_model(cast(Any, self.model))
-            arguments = self._arguments or self.args.to_dict()
+            model = self._plain_model()
             self._facts = run_facts(
-                arguments,
+                self._at_start or facts_at_start(self.args.to_dict(), model),
                 self.args.world_size,
                 model,
                 self.train_dataset,
@@ -109,6 +108,9 @@ class ReferenceTrainer(AdapterTrainer):
                 self.reference_origin,
             )
         return self._facts
+
+    def _plain_model(self) -> Any:
+        return self.accelerator.unwrap_model(cast(Any, self.model), keep_torch_compile=False)
 
     def _compare_runs(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         other_data = None not in (old.get(DATA), new[DATA]) and old[DATA] != new[DATA]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from peft import PeftModel
 from fastdpo.training.adapters import trained_adapter
 from fastdpo.training.fingerprints import data_hash
 
+# what activation checkpointing, FSDP and torch.compile put into a parameter's name
+_WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
 DATA, TRAINED = "data", "trained weights"
 # arguments that change nothing of what is trained: where and how a run is looked after, and how it is resumed
 _NOT_COMPARED = {
@@ -24,8 +27,23 @@ _NOT_COMPARED = {
 }
 
 
+def facts_at_start(arguments: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """What Trainer and its engines may change while they train: arguments, the model's name, dtypes, trained weights.
+
+    arguments: `TrainingArguments.to_dict()`.
+    """
+    facts = {name: value for name, value in arguments.items() if name not in _NOT_COMPARED}
+    # where it was loaded from; an adapter's is its base model's
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    facts["model"] = base.name_or_path or type(base).__name__
+    facts["dtypes"] = sorted({str(p.dtype).removeprefix("torch.") for p in base.parameters()})
+    names = [_WRAPPERS.sub("", name) for name, p in model.named_parameters() if p.requires_grad]
+    facts[TRAINED] = f"{len(names)} tensors ({hashlib.sha256(repr(names).encode()).hexdigest()[:12]})"
+    return facts
+
+
 def run_facts(
-    arguments: Mapping[str, Any],
+    started: Mapping[str, Any],
     processes: int,
     model: Any,
     train_dataset: Any,
@@ -34,20 +52,13 @@ def run_facts(
 ) -> dict[str, Any]:
     """Every argument, and model, adapter, reference, processes, what is trained, and hashes of the data, by name.
 
-    arguments: `TrainingArguments.to_dict()`. reference: what it is, for a program (`Reference.origin`). The hash is of
-    token ids, in order; None for a stream.
+    started: `facts_at_start`. reference: what it is, for a program (`Reference.origin`). The hash is of token ids, in
+    order; None for a stream.
     """
-    facts = {name: value for name, value in arguments.items() if name not in _NOT_COMPARED}
-    facts["processes"] = processes
+    facts = {**started, "processes": processes}
     for name, value in reference.items():
         if name != "precomputed":  # a folder
             facts[f"reference {name}"] = value
-    # where it was loaded from; an adapter's is its base model's
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    facts["model"] = base.name_or_path or type(base).__name__
-    facts["dtypes"] = sorted({str(p.dtype).removeprefix("torch.") for p in base.parameters()})
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    facts[TRAINED] = f"{len(names)} tensors ({hashlib.sha256(repr(names).encode()).hexdigest()[:12]})"
     if isinstance(model, PeftModel):
         config = model.peft_config[trained_adapter(model)].to_dict()
         # where it was loaded from, and what does nothing once it is there
