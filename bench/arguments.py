@@ -3,9 +3,10 @@
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from fastdpo.wording import closest
 
 CASES = ("linear_logprob", "dpo_loss", "train_step")
 OUT = "bench_results"
@@ -36,13 +37,13 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     unknown = [token for token in unknown if token.startswith("-")]
     if unknown:
         name = unknown[0].partition("=")[0]
-        close = get_close_matches(name, [flag for flag in parser._option_string_actions if flag.startswith("--")], n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"see {prog} --help"
+        close = closest(name, [flag for flag in parser._option_string_actions if flag.startswith("--")])
+        hint = f"did you mean '{close}'?" if close else f"see {prog} --help"
         raise UsageError(f"there is no argument '{name}': {hint}")
     for case in given.cases:
         if case not in CASES:
-            close = get_close_matches(case, CASES, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(CASES)}"
+            close = closest(case, CASES)
+            hint = f"did you mean '{close}'?" if close else f"choose from {', '.join(CASES)}"
             raise UsageError(f"there is no case '{case}': {hint}")
     return given
 

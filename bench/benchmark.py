@@ -12,16 +12,22 @@ from typing import Any
 
 import torch
 
-from fastdpo.training.files import write_atomic
+from fastdpo.files import write_atomic
 
-from . import baseline, cases, conditions, dpo_peers, pairs, peers, plot, real, sentences, train_cases
+from . import baseline
 from .arguments import CASES, MEMORY_MIB, UsageError
-from .entries import Entry, Factory, found
+from .dpo_loss import cases as pairs
+from .dpo_loss import peers as dpo_peers
 from .largest import free_mib
-from .report import Report
+from .linear_logprob import cases, peers, real
+from .measure import conditions
+from .measure.entries import Entry, Factory, found
+from .measure.timing import Budget, Timer
+from .record import Report
 from .session import SETTINGS, Case, Settings, run_cases
-from .terminal import over_trl, summary
-from .timing import Budget, Timer
+from .show import plot, sentences
+from .show.terminal import over_trl, summary
+from .train_step import cases as train_cases
 
 SUMMARY_TOKENS = 4096
 # endings of reasons that are no failure
@@ -47,7 +53,7 @@ def run(given: argparse.Namespace, before: dict[str, Any] | None, command: str) 
     if given.minutes is not None:
         settings = replace(settings, minutes=given.minutes)
     if given.tune:
-        from .tune import tune
+        from .linear_logprob.tune import tune
 
         return tune(settings.rounds, Timer(device), Budget(settings.minutes), command)
 
@@ -79,7 +85,7 @@ def _entries(names: Sequence[str], device: str, wanted: Sequence[str] | None) ->
 
 def _factories(name: str) -> tuple[Factory, ...]:
     if name == "train_step":
-        from . import train_peers  # transformers and peft, only where a trainer is measured
+        from .train_step import peers as train_peers  # transformers and peft, only where a trainer is measured
 
         return train_peers.FACTORIES
     return peers.FACTORIES if name == "linear_logprob" else dpo_peers.FACTORIES
@@ -88,7 +94,7 @@ def _factories(name: str) -> tuple[Factory, ...]:
 def _planned(name: str, device: str, given: argparse.Namespace) -> list[Case]:
     """The cases of a benchmark, the most important first."""
     if name == "train_step":
-        from .train_data import kind
+        from .train_step.data import kind
 
         try:
             return list(train_cases.train_cases(device, given.quick, given.model, kind()))
@@ -135,7 +141,7 @@ def _benchmark(
 ) -> int:
     environment = conditions.environment(device, command, given.commit)
     if name == "train_step":
-        from .train_data import TOLD, kind
+        from .train_step.data import TOLD, kind
 
         environment["data"] = TOLD[kind()]
         if not (given.rounds or given.quick):

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cases import Growth
-from .comparison import Comparison
-from .entries import Entry
-from .faults import attempt
-from .linear_logprob import UNIT
-from .measure import Missing
-from .timing import Budget, Timer, peak_mib
-from .truth import passes
+from fastdpo.ops.oracle import passes
+
+from .linear_logprob.cases import Growth
+from .linear_logprob.step import UNIT
+from .measure.comparison import Comparison
+from .measure.entries import Entry
+from .measure.faults import attempt
+from .measure.rows import Missing
+from .measure.timing import Budget, Timer, peak_mib
 
 MARGIN = 4
 STEPS = 16  # N is found to one part in so many

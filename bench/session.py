@@ -4,20 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import cases, pairs, real
-from .ceilings import copy_gbs, gemm_tflops
-from .comparison import Comparison
-from .dpo_loss import DPOLosses
-from .entries import Entry
-from .faults import attempt, device_lost
+from .dpo_loss import cases as pairs
+from .dpo_loss.step import DPOLosses
 from .largest import measure_growth
-from .linear_logprob import Logprobs
-from .measure import Missing, measure_case
-from .report import Report
-from .terminal import growth_table, table
-from .timing import Budget, Rounds, Timer
-from .train_cases import TrainCase
-from .train_tables import terminal_table
+from .linear_logprob import cases, real
+from .linear_logprob.step import Logprobs
+from .measure.ceilings import copy_gbs, gemm_tflops
+from .measure.comparison import Comparison
+from .measure.entries import Entry
+from .measure.faults import attempt, device_lost
+from .measure.rows import Missing, measure_case
+from .measure.timing import Budget, Rounds, Timer
+from .record import Report
+from .show.terminal import growth_table, table
+from .train_step.cases import TrainCase
+from .train_step.tables import terminal_table
 
 InputCase = cases.Case | pairs.PairCase | cases.Growth
 Case = InputCase | TrainCase
@@ -89,7 +90,7 @@ def run_cases(
             continue
         rows, fits, missing, text = [], [], [], ""
         if isinstance(case, TrainCase):
-            from .train_step import measure_training  # transformers, only where a trainer is measured
+            from .train_step.step import measure_training  # transformers, only where a trainer is measured
 
             rows, missing = measure_training(case, entries, settings.rounds, timer, budget)
             text = terminal_table(case, rows, missing, settings.clock)

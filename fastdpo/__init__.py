@@ -7,12 +7,12 @@ Every name is imported when it is first used, so that `import fastdpo` stays che
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fastdpo.versions import __version__
 
 _HOME = {
-    "linear_logprob": "fastdpo.ops.linear_logprob",
-    "linear_logprob_stats": "fastdpo.ops.linear_logprob",
-    "TokenStats": "fastdpo.ops.linear_logprob",
+    "linear_logprob": "fastdpo.ops.linear_logprob.api",
+    "linear_logprob_stats": "fastdpo.ops.linear_logprob.api",
+    "TokenStats": "fastdpo.ops.linear_logprob.api",
     "logprob": "fastdpo.ops.logprob",
     "sequence_logprob": "fastdpo.ops.sequence",
     "segment_sum": "fastdpo.ops.sequence",
@@ -21,10 +21,10 @@ _HOME = {
     "LOSSES": "fastdpo.losses",
     "LossOptions": "fastdpo.losses",
     "preference_loss": "fastdpo.losses",
-    "DPOLoss": "fastdpo.modules",
-    "FusedLinearDPOLoss": "fastdpo.modules",
+    "DPOLoss": "fastdpo.losses.modules",
+    "FusedLinearDPOLoss": "fastdpo.losses.modules",
     "patch_trl": "fastdpo.integrations.trl",
-    "DPOConfig": "fastdpo.training.config",
+    "DPOConfig": "fastdpo.config.dpo_config",
     "DPOTrainer": "fastdpo.training.trainer",
     "DataCollatorForPreference": "fastdpo.data.collate",
 }
@@ -51,14 +51,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastdpo.config.dpo_config import DPOConfig
     from fastdpo.data.collate import DataCollatorForPreference
     from fastdpo.integrations.trl import patch_trl
     from fastdpo.losses import LOSSES, LossOptions, PairLogps, PreferenceOutput, preference_loss
-    from fastdpo.modules import DPOLoss, FusedLinearDPOLoss
-    from fastdpo.ops.linear_logprob import TokenStats, linear_logprob, linear_logprob_stats
+    from fastdpo.losses.modules import DPOLoss, FusedLinearDPOLoss
+    from fastdpo.ops.linear_logprob.api import TokenStats, linear_logprob, linear_logprob_stats
     from fastdpo.ops.logprob import logprob
     from fastdpo.ops.sequence import segment_sum, sequence_logprob
-    from fastdpo.training.config import DPOConfig
     from fastdpo.training.trainer import DPOTrainer
 
 

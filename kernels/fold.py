@@ -2,9 +2,9 @@
 
 A tile z (n, c), fp32, holds products h @ W_c^T. `fold_tile` reads it twice (8 bytes an element), turns products
 into logits, folds them into per-row running numbers and writes the exponentials (2 bytes in bf16) for the second
-GEMM; the target's column never enters (`fastdpo.ops.tiled` has the derivation). `dlogits_tile` turns a recomputed
-tile into d loss / d product (6 bytes an element). One program per row (fold) or per row and column block (dlogits);
-no atomics, so results are the same from run to run. The running maximum and sum are those of Milakov and
+GEMM; the target's column never enters (fastdpo/ops/linear_logprob/forward.py has the derivation). `dlogits_tile` turns
+a recomputed tile into d loss / d product (6 bytes an element). One program per row (fold) or per row and column block
+(dlogits); no atomics, so results are the same from run to run. The running maximum and sum are those of Milakov and
 Gimelshein, arXiv:1805.02867, algorithm 3.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo.kernels.pieces import NEG, base_of, tanh
+from fastdpo.kernels.numerics import NEG, base_of, tanh
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.configs import GemmConfig
-from fastdpo.kernels.products import col_block_of, grid, logits_tile, operands, row_block_of
+from fastdpo.kernels.fused_tile import col_block_of, grid, logits_tile, operands, row_block_of
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_cols"])

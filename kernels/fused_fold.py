@@ -7,8 +7,8 @@ for a second product. FLOPs 2 n H V; bytes beyond the operands 8 n V / BV, and 2
 The exponentials of a row are relative to one number, its offset, so that the second product is a plain one: bf16
 has the exponents of fp32, and any number within `window` nats of the row's maximum will do. The offset starts as the
 maximum over the first block. A block whose maximum is more than the window above it is written relative to its own,
-and kernels/offsets.py then brings the row's other columns there, which is rare. The sums are relative to each block's
-own maximum and do not depend on the offset: a pass that writes nothing gives the same bits.
+and kernels/fused_offsets.py then brings the row's other columns there, which is rare. The sums are relative to each
+block's own maximum and do not depend on the offset: a pass that writes nothing gives the same bits.
 
 Maxima and sums of blocks and their merge: Milakov and Gimelshein, "Online normalizer calculation for softmax",
 arXiv:1805.02867, equations 4 to 8; the second product with exponentials of a tile: Dao et al., "FlashAttention",
@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.configs import GemmConfig
-from fastdpo.kernels.pieces import NEG, base_of
-from fastdpo.kernels.products import col_block_of, grid, logits_tile, operands, row_block_of
+from fastdpo.kernels.fused_tile import col_block_of, grid, logits_tile, operands, row_block_of
+from fastdpo.kernels.numerics import NEG, base_of
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_cols"])

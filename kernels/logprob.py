@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo.kernels.pieces import NEG, base_of
+from fastdpo.kernels.numerics import NEG, base_of
 
 
 @triton.jit(do_not_specialize=["V"])

@@ -192,7 +192,7 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's curves take longer to draw than most runs of the tests take to train."""
-    report = sys.modules.get("fastdpo.training.report")
+    report = sys.modules.get("fastdpo.training.report.metric_files")
     if report is not None and "drawn" not in request.fixturenames:
         monkeypatch.setattr(report, "curves_png", lambda log_history: b"\x89PNG not drawn")
 

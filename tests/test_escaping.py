@@ -12,7 +12,7 @@ import yaml
 from fastdpo.cli import main
 from fastdpo.cli.compare import markdown
 from fastdpo.escaping import figure_text, markdown_code, markdown_fence, markdown_text, visible
-from fastdpo.training.run_report import read_runs, runs_png
+from fastdpo.runs.pages import read_runs, runs_png
 
 HOSTILE = [
     "<script>alert(1)</script>",

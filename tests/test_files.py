@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from fastdpo.training.files import METRICS_FOLDER, DiskError, check_output_dir, remove_tree, write_atomic
+from fastdpo.files import METRICS_FOLDER, DiskError, check_output_dir, remove_tree, write_atomic
 
 
 class LinkBeforeSaving(TrainerCallback):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from fastdpo.data.json_text import MAX_DEPTH, is_deeper, parse_json
-from fastdpo.training.answers import read_prompts
-from fastdpo.training.checkpoints import unreadable_weights
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.report import read_summary
-from fastdpo.training.saved_models import read_adapter_config
+from fastdpo.config.dpo_config import DPOConfig
+from fastdpo.json_text import MAX_DEPTH, is_deeper, parse_json
+from fastdpo.models.load_errors import unreadable_weights
+from fastdpo.models.saved import read_adapter_config
+from fastdpo.runs.answers import read_prompts
+from fastdpo.training.report.metric_files import read_summary
 
 
 def nested(depth: int) -> str:

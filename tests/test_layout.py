@@ -56,7 +56,11 @@ def test_every_package_is_named_in_pyproject():
         for path in (ROOT / "fastdpo").glob("**/__init__.py")
         if not set(LINKED) & set(path.parts)
     }
-    assert named == there | {"fastdpo.bench", "fastdpo.kernels"}
+    for folder in LINKED:
+        there |= {
+            ".".join(("fastdpo", *path.parent.relative_to(ROOT).parts)) for path in ROOT.glob(f"{folder}/**/*.py")
+        }
+    assert named == there - {"fastdpo.bench.pytest_cases"}
 
 
 def test_public_names_exist_and_are_listed_once():
@@ -86,72 +90,121 @@ def test_import_is_cheap():
     assert float(seconds) < 0.5  # about 0.02 on an idle machine
 
 
-# who may import whom: cli -> bench -> training -> data, modules -> losses, ops -> kernels
-ALLOWED = {
-    "kernels": set(),
-    "ops": {"kernels"},
-    "losses": set(),
-    "modules": {"losses", "ops"},
-    "integrations": {"modules", "losses", "ops", "training"},
-    "data": set(),
-    "demo": {"ops", "losses", "data", "training"},
-    "training": {"data", "modules", "losses", "ops"},
-    "bench": {"training", "data", "modules", "losses", "ops", "kernels"},
-    "cli": {"bench", "training", "data", "modules", "losses", "ops", "demo"},
-}
+# who may import whom, from the ground up: a folder imports from those above it in this list and from itself
+ORDER = (
+    {"files", "json_text", "wording", "escaping", "versions"},
+    {"kernels"},
+    {"ops"},
+    {"losses", "data"},
+    {"config"},
+    {"models"},
+    {"integrations", "training"},
+    {"runs", "demo"},
+    {"bench"},
+    {"cli"},
+)
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
-def layer_of(path: Path) -> str | None:
+def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    layer = parts[0] if parts[0] in LINKED else parts[1]
-    return layer if layer in ALLOWED else None
+    return ".".join(("fastdpo", *parts) if parts[0] in LINKED else parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
+SOURCES = sorted(path for path in (ROOT / "fastdpo").glob("**/*.py") if not set(LINKED) & set(path.parts[:-1]))
+SOURCES += [p for folder in LINKED for p in sorted((ROOT / folder).glob("**/*.py")) if "pytest_cases" not in p.parts]
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports_of(path: Path, name: str = "") -> set[str]:
+    """The modules of ours that a file imports anywhere in it, below `if TYPE_CHECKING` and in functions too.
+
+    name: the file's own module, to which relative imports are relative.
+    """
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "fastdpo" else [node.module]
-        found |= {name.split(".")[1] for name in names if name.startswith("fastdpo.")}
-    return found
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names if alias.name.startswith("fastdpo")}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            if module.split(".")[0] == "fastdpo":
+                inner = {f"{module}.{alias.name}" for alias in node.names} & MODULES.keys()
+                imported |= inner | ({module} if len(inner) < len(node.names) else set())
+    return imported
 
 
-SOURCES = sorted((ROOT / "fastdpo").glob("**/*.py"))
-SOURCES += [p for folder in LINKED for p in sorted((ROOT / folder).glob("*.py"))]
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, over others or not: what is left without those that import nothing left, and
+    those that nothing left imports."""
+    left = {name: targets & graph.keys() for name, targets in graph.items()}
+    while True:
+        imported = set().union(*left.values())
+        inner = {name for name, targets in left.items() if targets and name in imported}
+        if len(inner) == len(left):
+            return sorted(left)
+        left = {name: left[name] & inner for name in inner}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if layer_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path):
-    layer = layer_of(path)
-    assert layer
-    allowed = ALLOWED[layer] | {layer}
-    names = {n for n in imports_of(path) if n in ALLOWED}
-    assert names <= allowed, f"{path.name} ({layer}) imports {sorted(names - allowed)}"
+GRAPH = {name: imports_of(path, name) for name, path in MODULES.items()}
+
+
+def test_nothing_imports_in_a_circle():
+    # the package's own names are imported when they are first used
+    assert circles({name: targets for name, targets in GRAPH.items() if name != "fastdpo"}) == []
+
+
+def test_imports_run_one_way():
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in GRAPH.items()
+        for target in targets
+        if (here := name.split(".")[1:2]) and (there := target.split(".")[1:2])
+        if here != there and LEVEL.get(there[0], 0) >= LEVEL.get(here[0], len(ORDER))
+    ]
+    assert upward == []
+
+
+def test_every_folder_has_its_place_in_the_order():
+    assert {name.split(".")[1] for name in MODULES if "." in name} == LEVEL.keys() | {"__main__"}
+
+
+def test_the_import_checks_see_a_wrong_import(tmp_path: Path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastdpo.cli import main, errors\n"
+        "def late():\n    import fastdpo.config.dpo_config\n    from . import metrics\nfrom ..batches import plan\n"
+    )
+    assert imports_of(wrong, "fastdpo.training.report.wrong") == {
+        *("fastdpo.cli", "fastdpo.cli.errors", "fastdpo.config.dpo_config"),
+        *("fastdpo.training.report.metrics", "fastdpo.training.batches.plan"),
+    }
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": {"elsewhere"}}) == []
+
+
+def test_source_files_and_folders_stay_small():
+    long = {str(path.relative_to(ROOT)) for path in SOURCES if len(path.read_text().splitlines()) > 400}
+    assert long == set()
+    folders = [path.parent for path in SOURCES]
+    assert {folder.name for folder in folders if folders.count(folder) > 21} == set()  # 20 and an __init__.py
 
 
 def test_the_suite_is_imported_under_one_name():
     # as `bench` by python -m bench.run, as `fastdpo.bench` by everybody else: never as both
-    assert not [p.name for p in (ROOT / "bench").glob("*.py") if "bench" in imports_of(p)]
+    absolute = re.compile(r"^\s*(from|import) (fastdpo\.)?bench\b", re.M)
+    assert not [str(path) for path in (ROOT / "bench").glob("**/*.py") if absolute.search(path.read_text())]
     code = "import sys, {0}.benchmark; print(sorted({{m.split('.')[0] for m in sys.modules if '{1}' in m.split('.')}}))"
     assert run_python(code.format("bench", "bench")) == "['bench']"
     assert run_python(code.format("fastdpo.bench", "bench")) == "['fastdpo']"
 
 
 def test_the_definition_imports_nothing_of_ours():
-    assert imports_of(ROOT / "fastdpo" / "ops" / "reference.py") == set()
-
-
-def test_the_import_check_sees_a_wrong_import(tmp_path: Path):
-    wrong = tmp_path / "wrong.py"
-    wrong.write_text("from fastdpo.cli import main\nimport fastdpo.training.config\nfrom fastdpo import modules\n")
-    assert imports_of(wrong) == {"cli", "training", "modules"}
+    assert GRAPH["fastdpo.ops.reference"] == set()
 
 
 def test_every_module_imports():
-    for path in SOURCES:
-        if path.name == "__main__.py":
-            continue
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(("fastdpo", *parts) if parts[0] in LINKED else parts)
-        importlib.import_module(name.removesuffix(".__init__"))
+    for name in MODULES:
+        if name != "fastdpo.__main__":
+            importlib.import_module(name)

@@ -34,9 +34,9 @@ def test_the_two_commands_are_exact():
 
 def test_the_table_is_rendered_from_results(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench import tables
+    from bench.show import readme as tables
 
     assert tables.newest("cpu") is not None
-    assert tables.rendered(README) == README, "run `python -m bench.tables`"
+    assert tables.rendered(README) == README, "run `python -m bench.show.readme`"
     with_other_number = README.replace("| 512x512x32000", "| 513x512x32000")
     assert tables.rendered(with_other_number) == README

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.bench.bounds import Work
-from fastdpo.bench.comparison import Comparison
-from fastdpo.bench.entries import Entry, Factory, LeftOut
-from fastdpo.bench.faults import out_of_memory
-from fastdpo.bench.session import InputCase, comparison_of, group_key
-from fastdpo.bench.timing import Timer, peak_mib
-from fastdpo.bench.truth import passes
+from fastdpo.ops.oracle import passes
+
+from ..measure.bounds import Work
+from ..measure.comparison import Comparison
+from ..measure.entries import Entry, Factory, LeftOut
+from ..measure.faults import out_of_memory
+from ..measure.timing import Timer, peak_mib
+from ..session import InputCase, comparison_of, group_key
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 3

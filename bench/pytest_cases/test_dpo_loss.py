@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastdpo.bench.dpo_peers import FACTORIES
-from fastdpo.bench.entries import Factory
-from fastdpo.bench.pairs import pair_cases
-from fastdpo.bench.session import InputCase
+from ..dpo_loss.cases import pair_cases
+from ..dpo_loss.peers import FACTORIES
+from ..measure.entries import Factory
+from ..session import InputCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = pair_cases(DEVICE, quick=True)

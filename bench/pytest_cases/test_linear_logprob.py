@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastdpo.bench.cases import cases
-from fastdpo.bench.entries import Factory
-from fastdpo.bench.peers import FACTORIES
-from fastdpo.bench.session import InputCase
+from ..linear_logprob.cases import cases
+from ..linear_logprob.peers import FACTORIES
+from ..measure.entries import Factory
+from ..session import InputCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = cases(DEVICE, quick=True)

@@ -1,13 +1,14 @@
-"""The command line: one file per command, each with `main(argv) -> int`.
+"""The command line: one file or folder per command, each with `main(argv) -> int`.
 
 Nothing here imports torch or transformers before the arguments are known to be good.
 """
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
-from fastdpo import __version__
+from fastdpo.versions import __version__
+from fastdpo.wording import closest
 
 COMMANDS = {
     "train": "train a model on preference pairs with DPO",
@@ -32,6 +33,11 @@ options:
 """
 
 
+def command_module(name: str) -> ModuleType:
+    """The module with a command's `main(argv) -> int`: a file, or command.py of a folder."""
+    return import_module(f"fastdpo.cli.{name}" + (".command" if name in ("train", "doctor") else ""))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 the input was wrong.
 
@@ -46,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastdpo {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        close = get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"the commands are: {', '.join(COMMANDS)}."
+        close = closest(argv[0], COMMANDS)
+        hint = f"did you mean '{close}'?" if close else f"the commands are: {', '.join(COMMANDS)}."
         print(f"fastdpo: error: there is no command '{argv[0]}'; {hint}", file=sys.stderr)
         return 2
-    return import_module(f"fastdpo.cli.{argv[0]}").main(argv[1:])
+    return command_module(argv[0]).main(argv[1:])

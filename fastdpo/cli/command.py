@@ -12,14 +12,13 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.checks import one_sentence
-from fastdpo.cli.parsing import UsageError
+from fastdpo.cli.errors import UsageError, WriteFailed
 from fastdpo.escaping import visible
-from fastdpo.training.files import write_atomic
+from fastdpo.files import write_atomic
+from fastdpo.wording import closest, one_sentence
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -55,8 +54,8 @@ class CommandParser(argparse.ArgumentParser):
                     f"'{unknown[0]}' is one argument too many: others are --name value (see fastdpo {self.name} --help)"
                 )
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            close = get_close_matches(name, flags, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"see fastdpo {self.name} --help"
+            close = closest(name, flags)
+            hint = f"did you mean '{close}'?" if close else f"see fastdpo {self.name} --help"
             raise UsageError(f"there is no argument '{name}': {hint}")
         return given
 
@@ -93,10 +92,6 @@ def number_from(lowest: float, above: bool = False) -> Callable[[str], float]:
 
 
 NESTED = "a file or a value is nested too deeply to be read; arguments, rows and model files are flat (--debug: where)"
-
-
-class WriteFailed(Exception):
-    """The result cannot be written; the message is one sentence."""
 
 
 def check_output_file(path: Path, argument: str = "--out") -> None:

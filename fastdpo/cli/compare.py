@@ -8,16 +8,9 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.checks import check_model_folder
-from fastdpo.cli.command import (
-    CommandParser,
-    check_output_file,
-    count_above,
-    number_from,
-    run_command,
-    write_result,
-)
-from fastdpo.cli.parsing import UsageError
+from fastdpo.cli.command import CommandParser, check_output_file, count_above, number_from, run_command, write_result
+from fastdpo.cli.errors import UsageError
+from fastdpo.cli.model_folder import check_model_folder
 from fastdpo.escaping import markdown_text
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -88,9 +81,10 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm.auto import tqdm
 
-    from fastdpo.cli.show import no_bars_without_terminal
-    from fastdpo.training.answers import compare_answers, load_contestants, prompt_ids, read_prompts, summarize_answers
-    from fastdpo.training.saved_run import read_run
+    from fastdpo.cli.train.show import no_bars_without_terminal
+    from fastdpo.models.generate import prompt_ids
+    from fastdpo.runs.answers import compare_answers, load_contestants, read_prompts, summarize_answers
+    from fastdpo.runs.saved_run import read_run
 
     run = read_run(given.run)
     beta = run.beta if given.beta is None else given.beta

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.command import CommandParser, check_output_file, count_above, run_command, write_result
-from fastdpo.cli.fields import FIELDS
-from fastdpo.cli.parsing import UsageError
+from fastdpo.cli.errors import UsageError
+from fastdpo.cli.train.fields import FIELDS
 
 MAX_LENGTH = next(field.default for field in FIELDS if field.name == "max_length")
 ON_OVERLONG, SCORED_TURNS = (
@@ -91,12 +91,12 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
     from transformers import AutoTokenizer
 
-    from fastdpo.cli.show import example_pair, no_bars_without_terminal
+    from fastdpo.cli.train.show import example_pair, no_bars_without_terminal
     from fastdpo.data.collate import DataCollatorForPreference
-    from fastdpo.data.errors import first_line
     from fastdpo.data.inspection import histogram_png, inspect_pairs
     from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of
-    from fastdpo.training.model_size import check_parts
+    from fastdpo.models.size import check_parts
+    from fastdpo.wording import first_line
 
     no_bars_without_terminal()
     try:

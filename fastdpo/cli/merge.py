@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.checks import check_model_folder
 from fastdpo.cli.command import CommandParser, check_output_file, run_command
-from fastdpo.cli.parsing import UsageError
+from fastdpo.cli.errors import UsageError
+from fastdpo.cli.model_folder import check_model_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,8 +50,8 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from fastdpo.cli.show import no_bars_without_terminal
-    from fastdpo.training.merging import merge_adapter
+    from fastdpo.cli.train.show import no_bars_without_terminal
+    from fastdpo.runs.merge import merge_adapter
 
     no_bars_without_terminal()
     return merge_adapter(

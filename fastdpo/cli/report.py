@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.command import CommandParser, check_output_file, run_command, write_result
-from fastdpo.cli.parsing import UsageError
+from fastdpo.cli.errors import UsageError
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--out should be a file that ends in .html, got {given.out}")
     check_output_file(page)
 
-    from fastdpo.training.run_report import differing_arguments, final_metrics, read_runs, runs_html, runs_png
+    from fastdpo.runs.pages import differing_arguments, final_metrics, read_runs, runs_html, runs_png
 
     runs = read_runs(given.runs)
     png = runs_png(runs)
@@ -60,7 +60,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
-    from fastdpo.training.run_report import show
+    from fastdpo.runs.pages import show
 
     lines = []
     several = len(report["runs"]) > 1

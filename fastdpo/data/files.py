@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil
 
-from fastdpo.data.errors import DataError, RowError, in_bytes, why_not_json
+from fastdpo.data.errors import DataError, RowError, refuse_twice
+from fastdpo.wording import in_bytes, why_not_json
 
 # a text file is in memory as bytes, as text and as rows
 COPIES = 3
@@ -141,12 +142,6 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
         raise DataError(f"{path}:{line}: broken CSV: {error}.") from None
     finally:
         csv.field_size_limit(limit)
-
-
-def refuse_twice(place: str, names: list[str]) -> None:
-    twice = next((name for index, name in enumerate(names) if name and name in names[:index]), None)
-    if twice is not None:
-        raise DataError(f"{place}: more than one column is named `{twice}`; rename or remove the others.")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:

@@ -8,11 +8,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.data.errors import DataError, first_line
-from fastdpo.data.json_text import read_json
+from fastdpo.data.errors import DataError
 from fastdpo.data.limits import flat_lists
 from fastdpo.data.messages import for_template, from_json
-from fastdpo.data.rows import ID_COLUMNS
+from fastdpo.data.tokenize_row import ID_COLUMNS
+from fastdpo.json_text import read_json
+from fastdpo.wording import first_line
 
 
 def repeated_pairs(pairs: Dataset) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.findings import repeated_pairs, special_token_findings, template_findings
 from fastdpo.data.limits import Limits, apply_limits, measure
-from fastdpo.data.rows import tokenize_row
-from fastdpo.data.tokenize import pair_columns, tokenize_dataset
+from fastdpo.data.tokenize_dataset import pair_columns, tokenize_dataset
+from fastdpo.data.tokenize_row import tokenize_row
 
 QUANTILES = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "max": 1.0}
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from fastdpo.data.errors import DataError, count
-from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS, PROMPT_CUT
+from fastdpo.data.errors import DataError
 from fastdpo.data.tokenize_report import TokenizeReport
+from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS, PROMPT_CUT
+from fastdpo.wording import count
 
 ON_OVERLONG = ("truncate", "drop", "error")
 _SHOWN = 5

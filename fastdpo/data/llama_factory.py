@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.errors import DataError, RowError, why_not_json
+from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.messages import Message, check_text, parse_tools
+from fastdpo.wording import why_not_json
 
 _SHAREGPT_TAGS = {
     "role_tag": "from",

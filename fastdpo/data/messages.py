@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.data.errors import RowError, why_not_json
+from fastdpo.data.errors import RowError
+from fastdpo.wording import why_not_json
 
 Message = dict[str, Any]
 

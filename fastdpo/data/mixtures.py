@@ -1,6 +1,5 @@
 """Several datasets as one, parts of datasets, and the pairs that are split off for evaluation."""
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from fastdpo.data.data_files import DataFiles
-from fastdpo.data.errors import DataError, count
+from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences
+from fastdpo.wording import closest, count
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def _parse_spec(item: Any, place: str) -> DatasetSpec:
         raise DataError(f"{place} is {type(item).__name__}; wanted keys {', '.join(names)}.")
     unknown = next((key for key in item if key not in names), None)
     if unknown is not None:
-        close = difflib.get_close_matches(str(unknown), names, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"wanted {', '.join(names)}."
+        close = closest(str(unknown), names)
+        hint = f"did you mean `{close}`?" if close else f"wanted {', '.join(names)}."
         raise DataError(f"{place} has the unknown key `{unknown}`; {hint}")
     given = {key: value for key, value in item.items() if value is not None}
     if "path" not in given:

@@ -6,8 +6,8 @@ from typing import Any
 
 import psutil
 
-from fastdpo.data.errors import DataError, count, first_line, in_bytes
-from fastdpo.data.files import PlacedRow, refuse_twice
+from fastdpo.data.errors import DataError, refuse_twice
+from fastdpo.wording import count, first_line, in_bytes
 
 # a row and a value take so many bytes in Python, however small they are
 ROW, VALUE = 200, 16
@@ -17,7 +17,7 @@ COPIES = 2
 MOST_TIMES, HARMLESS = 1_000, 10**9
 
 
-def read_parquet(path: Path) -> Iterator[PlacedRow]:
+def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows with their places, numbered from 1. Raises `DataError` where they cannot be read, or not be held."""
     import pyarrow as pa
     import pyarrow.parquet as pq

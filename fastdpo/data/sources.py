@@ -1,6 +1,5 @@
 """Where rows come from: files, saved folders, dataset_info.json entries and the hub."""
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from fastdpo.data.errors import DataError, first_line
+from fastdpo.data.errors import DataError
 from fastdpo.data.files import FILE_TYPES, PlacedRow, read_file
 from fastdpo.data.llama_factory import Entry, Layout, parse_entry, read_entries
+from fastdpo.wording import closest, first_line
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def from_hub(name: str, config: str | None, split: str, **files: Any) -> Dataset
 
 
 def _closest(name: str, entries: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(entries), n=1)
-    return f"; did you mean `{close[0]}`?" if close else f" (it has {', '.join(entries) or 'none'})."
+    close = closest(name, list(entries))
+    return f"; did you mean `{close}`?" if close else f" (it has {', '.join(entries) or 'none'})."
 
 
 def _not_loaded(name: str, error: BaseException) -> DataError:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastdpo.data.errors import count
+from fastdpo.wording import count
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The embedded demo: a tiny Llama that answers politely or carelessly by chance, and pairs that prefer the polite.
 
-Everything is package data: no network, no GPU. `fastdpo.demo.build` made it and makes it again,
+Everything is package data: no network, no GPU. `fastdpo.demo.make.build` made it and makes it again,
 `fastdpo.demo.evaluate` measures a model on the held-out pairs. Importing this loads neither torch nor transformers.
 """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdpo.ops.linear_logprob import linear_logprob_stats
+from fastdpo.ops.linear_logprob.api import linear_logprob_stats
 
 
 @dataclass

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from fastdpo.integrations.llama_factory_forward import RowMeansForward, forward_of
 from fastdpo.losses import PairLogps, ld_mask_weights, preference_loss
+from fastdpo.models.forward import unwrap_peft
 from fastdpo.ops.logprob import logprob
 from fastdpo.ops.sequence import segment_sum
-from fastdpo.training.logprob_forward import unwrap_peft
 
 logger = logging.getLogger("fastdpo.integrations.llama_factory")  # under `python -m` too
 

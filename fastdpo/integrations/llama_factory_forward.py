@@ -6,9 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastdpo.training.backbone import backbone
-from fastdpo.training.head_parts import head_parts
-from fastdpo.training.logprob_forward import LogprobForward
+from fastdpo.models.backbone import backbone
+from fastdpo.models.forward import LogprobForward
+from fastdpo.models.head import head_parts
 
 BLOCK = 128  # positions whose logits exist at a time, where only logits have the mean
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses import PairLogps, PreferenceOutput, preference_loss
-from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.ops.linear_logprob.api import linear_logprob
 from fastdpo.ops.logprob import logprob
 
 AGGREGATES = ("sum", "mean")

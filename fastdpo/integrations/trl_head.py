@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastdpo.ops.linear_logprob import TokenStats, linear_logprob_stats
+from fastdpo.ops.linear_logprob.api import TokenStats, linear_logprob_stats
 
 # the optional results of TRL's function, in its order, and our names of them
 OUTPUTS = {
@@ -178,7 +178,7 @@ def _lora_pair(hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     from torch.distributed.tensor import DTensor
 
-    from fastdpo.training.head_parts import HeadParts, head_parts
+    from fastdpo.models.head import HeadParts, head_parts
 
     parts = head_parts(head)
     if not isinstance(parts, HeadParts):
@@ -197,7 +197,7 @@ class _PlainLoraPasses(type):
     def __instancecheck__(cls, head: Any) -> bool:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        from fastdpo.training.head_parts import HeadParts, head_parts
+        from fastdpo.models.head import HeadParts, head_parts
 
         return isinstance(head, BaseTunerLayer) and not isinstance(head_parts(head), HeadParts)  # pyright: ignore[reportArgumentType]
 

@@ -4,10 +4,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 
 from fastdpo.losses.catalogue import ALIASES, EXO_SMOOTHING, LOSSES, Loss
+from fastdpo.wording import closest
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ def canonical_name(name: str) -> str:
     name = ALIASES.get(name, name)
     if name in LOSSES:
         return name
-    near = get_close_matches(str(name), LOSSES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = closest(str(name), LOSSES)
+    hint = f" Did you mean {near!r}?" if near else ""
     raise ValueError(f"unknown loss {name!r}; choose from {', '.join(LOSSES)}.{hint}")
 
 
@@ -109,8 +109,8 @@ class LossOptions:
         for name, choices in (("f_divergence_type", F_DIVERGENCES), ("aggregate", AGGREGATES)):
             value = getattr(self, name)
             if value not in choices:
-                near = get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                near = closest(str(value), choices)
+                hint = f" Did you mean {near!r}?" if near else ""
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
 
     def _check_weights(self) -> None:

@@ -7,14 +7,7 @@ from torch import Tensor
 
 from fastdpo.losses.catalogue import LOSSES
 from fastdpo.losses.options import LossOptions
-from fastdpo.losses.pairs import (
-    PairLogps,
-    PreferenceOutput,
-    chosen_logratio,
-    per_token,
-    rejected_logratio,
-    token_nll,
-)
+from fastdpo.losses.pairs import PairLogps, PreferenceOutput, chosen_logratio, per_token, rejected_logratio, token_nll
 
 
 def preference_loss(

@@ -89,7 +89,7 @@ def _logprob_builds() -> dict[str, Build]:
 
 
 def _row_builds() -> dict[str, Build]:
-    from fastdpo.kernels import offsets, segments
+    from fastdpo.kernels import fused_offsets, segment_sum
 
     sums = {f"{name}_part": "*fp32" for name in ("m", "s", "t", "sq", "zsum")}
     rows = {f"{name}_ptr": "*fp32" for name in ("m", "s", "t", "sq", "zsum")}
@@ -100,21 +100,21 @@ def _row_builds() -> dict[str, Build]:
     rescale = {"a_ptr": "*fp32", "ratio_ptr": "*fp32", "n_rows": "i32", "depth": "i32", "stride_a": "i32"}
     segment = {"value_ptr": "*fp32", "offset_ptr": "*i64", "out_ptr": "*fp32"}
     return {
-        "merge": Build(offsets._merge_kernel, {**sums, **rows, **sizes}, {**tile, **_flags(_STATS, ())}, 4),
+        "merge": Build(fused_offsets._merge_kernel, {**sums, **rows, **sizes}, {**tile, **_flags(_STATS, ())}, 4),
         "merge everything": Build(
-            offsets._merge_kernel, {**sums, **rows, **sizes}, {**tile, **_flags(_STATS, _STATS)}, 4
+            fused_offsets._merge_kernel, {**sums, **rows, **sizes}, {**tile, **_flags(_STATS, _STATS)}, 4
         ),
         "advance": Build(
-            offsets._advance_kernel, {**offset, "ratio_ptr": "*fp32", **sizes}, {**tile, "WINDOW": 60.0}, 4
+            fused_offsets._advance_kernel, {**offset, "ratio_ptr": "*fp32", **sizes}, {**tile, "WINDOW": 60.0}, 4
         ),
         "rebase": Build(
-            offsets._rebase_kernel,
+            fused_offsets._rebase_kernel,
             {"e_ptr": "*bf16", **offset, **rebase_sizes},
             {"WINDOW": 60.0, "BV": 128, "BR": 32, "BC": 64},
             4,
         ),
-        "rescale": Build(offsets._rescale_kernel, rescale, {"BR": 32, "BC": 128}, 4),
-        "segment_sum": Build(segments._segment_sum_kernel, segment, {"BLOCK": 1024}, 4),
+        "rescale": Build(fused_offsets._rescale_kernel, rescale, {"BR": 32, "BC": 128}, 4),
+        "segment_sum": Build(segment_sum._segment_sum_kernel, segment, {"BLOCK": 1024}, 4),
     }
 
 

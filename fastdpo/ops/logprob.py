@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops import reference
-from fastdpo.ops.arguments import DTYPES
 from fastdpo.ops.custom_op import (
     Implementation,
     constant_backend,
@@ -17,10 +16,11 @@ from fastdpo.ops.custom_op import (
     inside,
     reads_are_free,
 )
-from fastdpo.ops.plan import workspace_bytes
-from fastdpo.ops.tensor_kinds import check_tensors, number
-from fastdpo.ops.tiled import blocks
-from fastdpo.ops.tiles import NEG, softplus
+from fastdpo.ops.linear_logprob.arguments import DTYPES
+from fastdpo.ops.linear_logprob.forward import blocks
+from fastdpo.ops.linear_logprob.plan import workspace_bytes
+from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors, number
+from fastdpo.ops.linear_logprob.tiles import NEG, softplus
 
 
 def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> Tensor:

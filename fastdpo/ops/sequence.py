@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.ops.backend import choose_backend, widest_float
 from fastdpo.ops.custom_op import differentiable_op, inside, reads_are_free
-from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.ops.tensor_kinds import check_tensors, in_forward_mode, transformed
+from fastdpo.ops.linear_logprob.api import linear_logprob
+from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors, in_forward_mode, transformed
+from fastdpo.ops.switches import choose_backend, widest_float
 
 
 def sequence_logprob(
@@ -77,7 +77,7 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 
 def _forward(values: Tensor, offsets: Tensor) -> list[Tensor]:
     if choose_backend(values.device, values.dtype) == "triton":
-        from fastdpo.kernels.segments import segment_sum_fwd
+        from fastdpo.kernels.segment_sum import segment_sum_fwd
 
         out = values.new_empty(len(offsets) - 1, dtype=torch.float32)
         with inside(values.device):

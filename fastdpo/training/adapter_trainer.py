@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from fastdpo.training.adapters import saved_at_root, trained_adapter, trained_beside
-from fastdpo.training.crash_safe import SafeCheckpointTrainer
+from fastdpo.models.adapters import saved_at_root, trained_adapter, trained_beside
+from fastdpo.training.checkpoints.trainer import SafeCheckpointTrainer
 
 
 class AdapterTrainer(SafeCheckpointTrainer):

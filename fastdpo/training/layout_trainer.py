@@ -15,22 +15,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fastdpo.data.collate import DataCollatorForPreference
-from fastdpo.training.batch_layouts import (
-    Data,
-    Logprobs,
-    check_given_layout,
-    longest_sequence,
-    settle_layout,
-    window,
-)
-from fastdpo.training.batch_plan import BatchPlan, PlannedBatches, by_length, shuffled, tokens_of_pairs
-from fastdpo.training.checkpoints import CheckpointError
-from fastdpo.training.logprob_forward import LogprobForward, unwrap_peft
+from fastdpo.models.forward import LogprobForward, unwrap_peft
+from fastdpo.training.batches.layout import Data, Logprobs, check_given_layout, longest_sequence, settle_layout, window
+from fastdpo.training.batches.plan import BatchPlan, PlannedBatches, by_length, shuffled, tokens_of_pairs
+from fastdpo.training.checkpoints.folders import CheckpointError
+from fastdpo.training.checkpoints.stop_signals import left_to_the_trainer
 from fastdpo.training.metric_trainer import MetricTrainer
-from fastdpo.training.precomputed import on_device
-from fastdpo.training.reference import FrozenModel, Reference
+from fastdpo.training.reference.base import FrozenModel, Reference
+from fastdpo.training.reference.precomputed import on_device
 from fastdpo.training.reference_trainer import model_call
-from fastdpo.training.stop_signals import left_to_the_trainer
 
 logger = logging.getLogger(__name__)
 

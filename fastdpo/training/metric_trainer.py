@@ -11,20 +11,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy
 
-from fastdpo.training import metrics
-from fastdpo.training.adapters import trained_adapter
-from fastdpo.training.advice import Advisor
-from fastdpo.training.checkpoints import model_or_sentence
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.eval_answers import EvaluationAnswers
-from fastdpo.training.files import cut_model_links
-from fastdpo.training.model_card import Card, hub_names, write_card
+from fastdpo.config.checks import outlive_full_disk
+from fastdpo.config.dpo_config import DPOConfig
+from fastdpo.files import cut_model_links
+from fastdpo.models.adapters import trained_adapter
+from fastdpo.training.checkpoints.folders import model_or_sentence
+from fastdpo.training.checkpoints.step_watch import NotFiniteError
 from fastdpo.training.reference_trainer import ReferenceTrainer
-from fastdpo.training.report import RUN_RECORD, MetricsReport
-from fastdpo.training.run_details import run_details
-from fastdpo.training.speed import Stopwatch, peak_memory_gb
-from fastdpo.training.step_watch import NotFiniteError
-from fastdpo.training.trackers import outlive_full_disk
+from fastdpo.training.report import metrics
+from fastdpo.training.report.advice import Advisor
+from fastdpo.training.report.eval_answers import EvaluationAnswers
+from fastdpo.training.report.metric_files import RUN_RECORD, MetricsReport
+from fastdpo.training.report.model_card import Card, hub_names, write_card
+from fastdpo.training.report.run_details import run_details
+from fastdpo.training.report.speed import Stopwatch, peak_memory_gb
 
 logger = logging.getLogger(__name__)
 

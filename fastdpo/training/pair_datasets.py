@@ -8,13 +8,13 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import REFERENCE_COLUMNS
-from fastdpo.data.errors import count
 from fastdpo.data.findings import repeated_pairs, special_token_findings, template_findings
 from fastdpo.data.formats import normalize_dataset
 from fastdpo.data.limits import measure
-from fastdpo.data.tokenize import ID_COLUMNS, TokenizeReport, tokenize_dataset
-from fastdpo.training.config import DPOConfig
+from fastdpo.data.tokenize_dataset import ID_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.wording import count
 
 logger = logging.getLogger(__name__)
 

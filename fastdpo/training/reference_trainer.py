@@ -8,17 +8,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import REFERENCE_COLUMNS
-from fastdpo.training import checkpoints
+from fastdpo.losses.from_tokens import SequenceLogps
+from fastdpo.models.forward import LogprobForward
 from fastdpo.training.adapter_trainer import AdapterTrainer
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.logprob_forward import LogprobForward
-from fastdpo.training.out_of_memory import MemoryWatch
-from fastdpo.training.pair_logps import SequenceLogps
-from fastdpo.training.precomputed import PrecomputedReference, as_datasets, precompute
-from fastdpo.training.reference import NoReference, Reference
-from fastdpo.training.run_facts import DATA, TRAINED, differences, facts_at_start, run_facts
-from fastdpo.training.sync_reference import SyncCallback, SyncedAdapter, SyncedModel
+from fastdpo.training.checkpoints import folders
+from fastdpo.training.checkpoints.run_facts import DATA, TRAINED, differences, facts_at_start, run_facts
+from fastdpo.training.reference.base import NoReference, Reference
+from fastdpo.training.reference.precomputed import PrecomputedReference, as_datasets, precompute
+from fastdpo.training.reference.synced import SyncCallback, SyncedAdapter, SyncedModel
+from fastdpo.training.report.out_of_memory import MemoryWatch
 
 logger = logging.getLogger(__name__)
 
@@ -115,20 +115,20 @@ class ReferenceTrainer(AdapterTrainer):
     def _compare_runs(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         other_data = None not in (old.get(DATA), new[DATA]) and old[DATA] != new[DATA]
         if other_data and not self.args.resume_with_other_data:
-            raise checkpoints.CheckpointError(
+            raise folders.CheckpointError(
                 "cannot resume: the checkpoint's run trained on other rows (their token ids differ, or their order), "
                 "so that the steps done and to do would be of two data sets; give the data that it began with, or set "
                 "resume_with_other_data."
             )
         if TRAINED in old and old[TRAINED] != new[TRAINED]:
-            raise checkpoints.CheckpointError(
+            raise folders.CheckpointError(
                 f"cannot resume: the checkpoint's run trained other weights ({old[TRAINED]} where this run has "
                 f"{new[TRAINED]}), and an optimizer's state goes by their order; train the same, or start from the "
                 "model in the checkpoint without resuming."
             )
         optimizers = [str(facts.get("optim")) for facts in (old, new)]
         if optimizers[0] != optimizers[1] and not all(name.startswith("adamw_torch") for name in optimizers):
-            raise checkpoints.CheckpointError(
+            raise folders.CheckpointError(
                 f"cannot resume: the checkpoint has the state of optim {optimizers[0]}, and this run has "
                 f"{optimizers[1]}; go on with the same, or start from the model in the checkpoint without resuming."
             )
@@ -138,17 +138,17 @@ class ReferenceTrainer(AdapterTrainer):
             logger.warning(f"resume: this run differs from the checkpoint's: {'; '.join([*data, *differ])}.")
 
     def save_extra_files(self, folder: Path) -> None:
-        checkpoints.save_reference(folder, self._reference.state())
+        folders.save_reference(folder, self._reference.state())
 
     def extra_file_size(self) -> int:
         return sum(tensor.nbytes for tensor in self._reference.state().values())
 
     def load_extra_files(self, folder: Path) -> None:
-        state = checkpoints.load_reference(folder, wanted=bool(self._reference.state()))
+        state = folders.load_reference(folder, wanted=bool(self._reference.state()))
         try:
             self._reference.load_state(state)
         except ValueError as error:
-            raise checkpoints.CheckpointError(f"cannot resume from {folder}: {error}.") from error
+            raise folders.CheckpointError(f"cannot resume from {folder}: {error}.") from error
 
 
 def model_call(inputs: dict[str, Any]) -> dict[str, Any]:

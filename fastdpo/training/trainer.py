@@ -15,18 +15,17 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
+from fastdpo.config.dpo_config import DPOConfig
+from fastdpo.config.old_arguments import settled_arguments
 from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
-from fastdpo.data.rows import ID_COLUMNS, MASK_COLUMNS
-from fastdpo.data.tokenize import TokenizeReport
+from fastdpo.data.tokenize_dataset import TokenizeReport
+from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS
+from fastdpo.files import check_output_dir
+from fastdpo.losses.from_tokens import pair_logps
 from fastdpo.losses.preference import pair_losses
-from fastdpo.training import metrics
-from fastdpo.training.adapters import choose_adapters
-from fastdpo.training.bars import dataset_bars
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.files import check_output_dir
-from fastdpo.training.layout_trainer import LayoutTrainer
-from fastdpo.training.logprob_forward import STATISTICS, LogprobForward
-from fastdpo.training.models import (
+from fastdpo.models.adapters import choose_adapters
+from fastdpo.models.forward import STATISTICS, LogprobForward
+from fastdpo.models.load import (
     check_arguments,
     check_token_ids,
     check_vocabulary,
@@ -35,15 +34,16 @@ from fastdpo.training.models import (
     load_tokenizer,
     router_loss_weight,
 )
-from fastdpo.training.old_arguments import settled_arguments
-from fastdpo.training.out_of_memory import explains_loading
+from fastdpo.training.bars import dataset_bars
+from fastdpo.training.checkpoints.run_lock import output_dir_locked
+from fastdpo.training.layout_trainer import LayoutTrainer
 from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
-from fastdpo.training.pair_logps import pair_logps
-from fastdpo.training.precomputed import free_memory, stored_logps
-from fastdpo.training.reference import FrozenModel
-from fastdpo.training.reference_policy import make_reference
+from fastdpo.training.reference.base import FrozenModel
+from fastdpo.training.reference.choose import make_reference
+from fastdpo.training.reference.precomputed import free_memory, stored_logps
 from fastdpo.training.reference_trainer import model_call
-from fastdpo.training.run_lock import output_dir_locked
+from fastdpo.training.report import metrics
+from fastdpo.training.report.out_of_memory import explains_loading
 
 logger = logging.getLogger(__name__)
 

@@ -5,17 +5,19 @@ import os
 import pytest
 import torch
 
+from fastdpo.ops import oracle
+
 
 def test_inputs_are_peaked(bench):
-    hidden, weight, labels = bench.cases.peaked_inputs(200, 64, 4000, torch.float32, "cpu")
+    hidden, weight, labels = bench.linear_logprob.cases.peaked_inputs(200, 64, 4000, torch.float32, "cpu")
     p = torch.softmax(hidden @ weight.t(), -1).gather(1, labels[:, None])
     assert float((p > 0.9).float().mean()) > 0.3
     assert float((p < 0.1).float().mean()) > 0.1
 
 
 def test_masks_are_prompt_shaped(bench):
-    pairs = bench.pairs.Pairs.of(bench.pairs.PairCase(3, 64, 8, 90, "bf16", "frozen"), "cpu")
-    scored = pairs.labels != bench.pairs.IGNORE
+    pairs = bench.dpo_loss.cases.Pairs.of(bench.dpo_loss.cases.PairCase(3, 64, 8, 90, "bf16", "frozen"), "cpu")
+    scored = pairs.labels != bench.dpo_loss.cases.IGNORE
     first = scored.int().argmax(1)
     assert torch.equal(first[:3], first[3:])  # a pair shares its prompt
     assert int(first.min()) >= 16
@@ -26,8 +28,8 @@ def test_masks_are_prompt_shaped(bench):
 
 
 def test_the_cases_of_a_gpu_come_in_order_of_importance(bench):
-    cases = bench.cases.cases("cuda", quick=False, real=(4096, 576, 49152))
-    assert {c.head for c in cases[:18]} == {head.model for head in bench.cases.HEADS}
+    cases = bench.linear_logprob.cases.cases("cuda", quick=False, real=(4096, 576, 49152))
+    assert {c.head for c in cases[:18]} == {head.model for head in bench.linear_logprob.cases.HEADS}
     assert {(c.n, c.dtype) for c in cases[:18]} == {(4096, "bf16")}
     assert [c.inputs for c in cases[18:21]] == ["real"] * 3
     assert [c.n for c in cases[21:57]] == [1024] * 18 + [16384] * 18
@@ -38,13 +40,17 @@ def test_the_cases_of_a_gpu_come_in_order_of_importance(bench):
 
 def test_absent_peers_are_named_once_and_unknown_ones_refused(bench, tmp_path, caplog, capsys):
     def absent(name):
-        raise bench.entries.LeftOut("not installed (pip install peer)")
+        raise bench.measure.entries.LeftOut("not installed (pip install peer)")
 
     def broken(name):
         raise OSError("libpeer.so: cannot open shared object file")
 
-    factories = [*bench.peers.FACTORIES[:1], bench.entries.Factory("peer", absent), bench.entries.Factory("b", broken)]
-    assert list(bench.entries.found(factories, "cpu")) == ["fastdpo"]
+    factories = [
+        *bench.linear_logprob.peers.FACTORIES[:1],
+        bench.measure.entries.Factory("peer", absent),
+        bench.measure.entries.Factory("b", broken),
+    ]
+    assert list(bench.measure.entries.found(factories, "cpu")) == ["fastdpo"]
     assert "peer: left out: not installed (pip install peer)" in caplog.text
     assert "b: left out: OSError: libpeer.so: cannot open shared object file" in caplog.text
     assert bench.run.main(["linear_logprob", "--device", "cpu", "--entries", "fastdpo,fastgpo"]) == 2
@@ -52,7 +58,7 @@ def test_absent_peers_are_named_once_and_unknown_ones_refused(bench, tmp_path, c
 
 
 def test_obstacles(bench):
-    entry = bench.entries.Entry("e", "", bench.peers.eager, softcap=False, dtypes=("bf16",))
+    entry = bench.measure.entries.Entry("e", "", bench.linear_logprob.peers.eager, softcap=False, dtypes=("bf16",))
     assert entry.obstacle("bf16", None) is None
     assert entry.obstacle("bf16", 30.0) == "it has no softcap"
     assert entry.obstacle("fp32", None) == "it takes bf16 only"
@@ -61,9 +67,9 @@ def test_obstacles(bench):
 def test_torchs_own_op_is_compared_where_it_exists(bench):
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("torch 2.13 has it")
-    entry = bench.entries.found(bench.peers.FACTORIES, "cpu", ["torch"])["torch"]
+    entry = bench.measure.entries.found(bench.linear_logprob.peers.FACTORIES, "cpu", ["torch"])["torch"]
     comparison = bench.logprobs(40, 16, 700, torch.float32)
-    assert bench.truth.passes(comparison.truth.errors(comparison.step(entry, "trained")), comparison.eager_errors)
+    assert oracle.passes(comparison.truth.errors(comparison.step(entry, "trained")), comparison.eager_errors)
 
 
 def test_settings_hold_for_forward_and_backward_and_are_restored(bench, monkeypatch):
@@ -83,7 +89,9 @@ def test_settings_hold_for_forward_and_backward_and_are_restored(bench, monkeypa
             return upstream
 
     settings = {"FASTDPO_GEMM": "cublas", "FASTDPO_OTHER": "1"}
-    entry = bench.entries.Entry("e", "", lambda h, w, y, c: Watch.apply(bench.peers.eager(h, w, y)), settings)
+    entry = bench.measure.entries.Entry(
+        "e", "", lambda h, w, y, c: Watch.apply(bench.linear_logprob.peers.eager(h, w, y)), settings
+    )
     bench.logprobs(4, 4, 9, torch.float32).step(entry, "frozen")
     assert seen == ["cublas", "1"]
     assert os.environ["FASTDPO_GEMM"] == "auto"

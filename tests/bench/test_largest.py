@@ -7,25 +7,25 @@ import torch
 
 
 def growth(bench, mode, budget, length=None, most=1024):
-    return bench.cases.Growth(16, 300, "bf16", mode, budget, most, length)
+    return bench.linear_logprob.cases.Growth(16, 300, "bf16", mode, budget, most, length)
 
 
 def peak(bench, case, entry, n):
     """Measured anew, on N tokens that nothing of the search has made."""
     comparison = bench.logprobs(n, case.h, case.v, torch.bfloat16)
-    return bench.timing.peak_mib(lambda: comparison.step(entry, case.mode), "cpu")
+    return bench.measure.timing.peak_mib(lambda: comparison.step(entry, case.mode), "cpu")
 
 
 @pytest.mark.parametrize("mode", ["frozen", "trained"])
 def test_n_fits_and_the_next_size_does_not(bench, mode):
     case = growth(bench, mode, 2.0, most=4096)
-    entries = bench.entries.found(bench.peers.FACTORIES, "cpu")
+    entries = bench.measure.entries.found(bench.linear_logprob.peers.FACTORIES, "cpu")
     fits, missing = bench.largest.measure_growth(
         case,
         bench.session.comparison_of(case, "cpu", None),
         entries,
-        bench.timing.Timer("cpu"),
-        bench.timing.Budget(None),
+        bench.measure.timing.Timer("cpu"),
+        bench.measure.timing.Budget(None),
     )
     assert missing == []
     assert {fit.entry for fit in fits} == {"fastdpo", "eager", "trl"}
@@ -52,7 +52,7 @@ def test_a_size_that_was_never_exceeded_is_a_lower_limit_and_one_that_never_fits
         assert fit["next_n"] == 16
         assert fit["next_peak_mib"] > 0.001
     assert "none" in capsys.readouterr().out
-    table = bench.tables.table(next(iter(tmp_path.glob("*.json"))))
+    table = bench.show.readme.table(next(iter(tmp_path.glob("*.json"))))
     assert "| 16 x 300, bf16 frozen | none fits | none fits |" in table
 
 
@@ -63,7 +63,9 @@ def test_of_pairs_n_is_their_scored_tokens(bench, tmp_path):
     assert set(fits) == {(entry, mode) for entry in ("fastdpo", "eager") for mode in ("frozen", "trained")}
     fit = fits["eager", "frozen"]
     assert fit["length"] == 16
-    base = bench.pairs.Pairs.of(bench.pairs.PairCase(bench.session.PAIRS_FROM, 16, 16, 300, "bf16", "frozen"), "cpu")
+    base = bench.dpo_loss.cases.Pairs.of(
+        bench.dpo_loss.cases.PairCase(bench.session.PAIRS_FROM, 16, 16, 300, "bf16", "frozen"), "cpu"
+    )
     tokens = {}
     for size in range(1, 64):
         grown = base.take([i % bench.session.PAIRS_FROM for i in range(size)])
@@ -95,7 +97,7 @@ def test_the_search_passes_a_bump_and_halves_above_the_last_that_fits(bench):
 
 def test_an_answer_that_is_wrong_at_that_size_is_no_fit(bench, tmp_path, capsys):
     def wrong_when_long(hidden, weight, labels, softcap):
-        out = bench.peers.eager(hidden, weight, labels)
+        out = bench.linear_logprob.peers.eager(hidden, weight, labels)
         return out if len(labels) <= 64 else out * 1.2
 
     bench.with_entry("fastdpo", wrong_when_long)
@@ -111,7 +113,7 @@ def test_out_of_memory_does_not_fit_and_other_failures_are_named(bench, tmp_path
     def small(hidden, weight, labels, softcap):
         if len(labels) > 100:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return bench.peers.eager(hidden, weight, labels)
+        return bench.linear_logprob.peers.eager(hidden, weight, labels)
 
     bench.with_entry("peer", small)
     _, record = bench.measured(tmp_path, "--memory_budget", "50")
@@ -122,7 +124,7 @@ def test_out_of_memory_does_not_fit_and_other_failures_are_named(bench, tmp_path
     def broken(hidden, weight, labels, softcap):
         if len(labels) > 100:
             raise RuntimeError("an odd number of tokens")
-        return bench.peers.eager(hidden, weight, labels)
+        return bench.linear_logprob.peers.eager(hidden, weight, labels)
 
     bench.with_entry("peer", broken)
     _, record = bench.measured(tmp_path, "--memory_budget", "50")
@@ -132,9 +134,9 @@ def test_out_of_memory_does_not_fit_and_other_failures_are_named(bench, tmp_path
 def test_a_search_ends_with_its_time(bench):
     case = growth(bench, "frozen", 1.0)
     base = bench.session.comparison_of(case, "cpu", None)
-    entries = {"eager": bench.peers.EAGER}
-    timer = bench.timing.Timer("cpu")
-    fits, missing = bench.largest.measure_growth(case, base, entries, timer, bench.timing.Budget(0))
+    entries = {"eager": bench.linear_logprob.peers.EAGER}
+    timer = bench.measure.timing.Timer("cpu")
+    fits, missing = bench.largest.measure_growth(case, base, entries, timer, bench.measure.timing.Budget(0))
     assert fits == []
     assert [str(m) for m in missing] == [f"{case.name}: eager: no time left"]
 

@@ -38,7 +38,7 @@ def figures(monkeypatch):
 
 
 def test_lines_are_the_measurements_on_log_axes(bench, figures):
-    bench.plot.draw(record())
+    bench.show.plot.draw(record())
     figure = figures[0]
     assert len(figure.axes) == 8
     time_n, time_v, _, memory_v = figure.axes[:4]
@@ -63,7 +63,7 @@ def test_lines_are_the_measurements_on_log_axes(bench, figures):
 def test_legend_and_caption_say_whose_and_where(bench, figures):
     drawn = record(missing=[{"case": "x", "entry": "eager", "reason": "out of memory"}])
     drawn["rows"].append({**drawn["rows"][0], "entry": "trl", "version": "trl 1.16.0"})
-    bench.plot.draw(drawn)
+    bench.show.plot.draw(drawn)
     (legend,) = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "fastdpo (fastdpo 1)",
@@ -81,19 +81,19 @@ def test_legend_and_caption_say_whose_and_where(bench, figures):
 def test_a_size_that_was_measured_once_is_no_line(bench, figures):
     one_v = record()
     one_v["rows"] = [row for row in one_v["rows"] if row["v"] == 300]
-    bench.plot.draw(one_v)
+    bench.show.plot.draw(one_v)
     assert [len(panel.get_lines()) for panel in figures[0].axes[:4]] == [2, 0, 2, 0]
     assert "only one V was measured" in figures[0].axes[1].texts[0].get_text()
     one_v["rows"] = [row for row in one_v["rows"] if row["n"] == 20]
-    assert not bench.plot.can_draw(one_v)
+    assert not bench.show.plot.can_draw(one_v)
     with pytest.raises(ValueError, match="run with --plot"):
-        bench.plot.draw(one_v)
+        bench.show.plot.draw(one_v)
 
 
 def test_shapes_that_differ_in_another_size_are_no_line(bench):
     mixed = record()["rows"]
     other_head = [{**row, "h": 32, "v": 128000} for row in mixed if row["n"] == 10]
-    found = bench.plot.series([*mixed, *other_head], "frozen", "v")
+    found = bench.show.plot.series([*mixed, *other_head], "frozen", "v")
     assert {row["h"] for row in found.rows} == {16}
     assert [row["v"] for row in found.rows if row["entry"] == "eager"] == [150, 300, 600]
 
@@ -107,14 +107,14 @@ def test_a_quick_run_draws_a_png_of_its_own_record(bench, tmp_path, capsys):
         image = Image.open(io.BytesIO(path.read_bytes()))
         assert image.format == "PNG"
         assert min(image.size) > 600
-        assert image.info[bench.plot.DIGEST] == bench.plot.digest(found)
+        assert image.info[bench.show.plot.DIGEST] == bench.show.plot.digest(found)
         sweep = [row for row in found["rows"] if row["sweep"]]
         assert len({row["tokens"] for row in sweep}) >= 3
         assert {row["v"] for row in sweep} == {150, 300, 600}
         # drawn again from the JSON alone
         path.unlink()
-        assert bench.plot.main([str(path.with_suffix(".json"))]) == 0
-        assert Image.open(path).info[bench.plot.DIGEST] == bench.plot.digest(found)
+        assert bench.show.plot.main([str(path.with_suffix(".json"))]) == 0
+        assert Image.open(path).info[bench.show.plot.DIGEST] == bench.show.plot.digest(found)
 
 
 def test_only_a_quick_run_draws_unasked(bench):
@@ -128,7 +128,7 @@ def test_only_a_quick_run_draws_unasked(bench):
     }
     for argv, plots in wanted.items():
         assert bench.benchmark._wants_plot(parse(argv, "p")) is plots
-    sweeps = [case for case in bench.cases.sweep_cases("cpu", True) if case.mode == "frozen"]
+    sweeps = [case for case in bench.linear_logprob.cases.sweep_cases("cpu", True) if case.mode == "frozen"]
     assert [(case.n, case.v) for case in sweeps] == [(10, 300), (20, 300), (40, 300), (20, 150), (20, 600)]
 
 
@@ -136,5 +136,5 @@ def test_a_result_without_points_is_refused_with_words(bench, tmp_path, capsys):
     path = tmp_path / "r.json"
     path.write_text(json.dumps({**record(), "rows": []}))
     with pytest.raises(SystemExit):
-        bench.plot.main([str(path)])
+        bench.show.plot.main([str(path)])
     assert "no shape was measured at two N or two V" in capsys.readouterr().err

@@ -53,8 +53,12 @@ def test_cases_and_entries_are_the_suites(bench, monkeypatch):
     wanted = [
         f"test_{name}[{case.name.replace(' ', '-')}-{factory.name.replace(' ', '-')}]"
         for name, cases, factories in (
-            ("dpo_loss", bench.pairs.pair_cases(device, quick=True), bench.dpo_peers.FACTORIES),
-            ("linear_logprob", bench.cases.cases(device, quick=True), bench.peers.FACTORIES),
+            ("dpo_loss", bench.dpo_loss.cases.pair_cases(device, quick=True), bench.dpo_loss.peers.FACTORIES),
+            (
+                "linear_logprob",
+                bench.linear_logprob.cases.cases(device, quick=True),
+                bench.linear_logprob.peers.FACTORIES,
+            ),
         )
         for case in cases
         for factory in factories

@@ -49,7 +49,7 @@ def test_dpo_loss_is_measured_from_ours_to_eager(bench, tmp_path):
     assert {"fastdpo", "fastdpo rows", "eager"} <= entries
     assert len(record["rows"]) == 2 * len(entries)
     flop = {row["entry"]: row["flop"] for row in record["rows"] if row["mode"] == "frozen"}
-    pairs = bench.pairs.Pairs.of(bench.pairs.pair_cases("cpu", quick=False)[0], "cpu")
+    pairs = bench.dpo_loss.cases.Pairs.of(bench.dpo_loss.cases.pair_cases("cpu", quick=False)[0], "cpu")
     assert flop["fastdpo rows"] == 6 * len(pairs.targets) * 16 * 700  # 4 for the policy, 2 for the reference
     assert flop["eager"] == 6 * pairs.labels.numel() * 16 * 700
     for row in record["rows"]:
@@ -59,7 +59,7 @@ def test_dpo_loss_is_measured_from_ours_to_eager(bench, tmp_path):
 
 def test_a_wrong_entry_is_refused_and_only_ours_fails_the_run(bench, tmp_path, monkeypatch, capsys):
     def wrong(hidden, weight, labels, softcap):
-        return bench.peers.eager(hidden, weight, labels) + 0.5
+        return bench.linear_logprob.peers.eager(hidden, weight, labels) + 0.5
 
     bench.with_entry("peer", wrong)
     status, record = bench.measured(tmp_path, "--quick")
@@ -77,7 +77,7 @@ def test_an_entry_that_runs_out_of_memory_is_reported(bench, tmp_path, monkeypat
     def large(hidden, weight, labels, softcap):
         if hidden.requires_grad:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB.")
-        return bench.peers.eager(hidden, weight, labels)
+        return bench.linear_logprob.peers.eager(hidden, weight, labels)
 
     bench.with_entry("large", large)
     status, record = bench.measured(tmp_path)
@@ -99,7 +99,7 @@ def test_an_interrupted_run_leaves_what_it_has(bench, tmp_path, monkeypatch):
     def interrupted(hidden, weight, labels, softcap):
         if weight.requires_grad:
             raise KeyboardInterrupt
-        return bench.peers.eager(hidden, weight, labels)
+        return bench.linear_logprob.peers.eager(hidden, weight, labels)
 
     bench.with_entry("peer", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -149,12 +149,12 @@ def test_new_files_of_ours_make_a_checkout_dirty_and_results_do_not(bench, tmp_p
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    monkeypatch.setattr(bench.conditions, "ROOT", tmp_path)
+    monkeypatch.setattr(bench.measure.conditions, "ROOT", tmp_path)
     (tmp_path / "bench" / "results" / "r.json").write_text("{}")
     (tmp_path / "notes").write_text("")
-    assert re.fullmatch(r"[0-9a-f]{12}", bench.conditions._commit())
+    assert re.fullmatch(r"[0-9a-f]{12}", bench.measure.conditions._commit())
     (tmp_path / "bench" / "new.py").write_text("")
-    assert bench.conditions._commit().endswith("+dirty")
+    assert bench.measure.conditions._commit().endswith("+dirty")
 
 
 def test_nothing_runs_on_a_device_that_is_lost(bench, tmp_path, monkeypatch, capsys):
@@ -182,13 +182,16 @@ def test_real_activations_are_stored_and_measured(bench, tmp_path, monkeypatch, 
     demo, path = demo_paths(), tmp_path / "activations.safetensors"
     pairs = tmp_path / "few.jsonl"
     pairs.write_text("\n".join(demo.train.read_text().splitlines()[:8]) + "\n")
-    assert bench.real.main([str(demo.model), "--pairs", str(pairs), "--tokens", "48", "--out", str(path)]) == 0
-    n, h, v = bench.real.shape(path)
+    assert (
+        bench.linear_logprob.real.main([str(demo.model), "--pairs", str(pairs), "--tokens", "48", "--out", str(path)])
+        == 0
+    )
+    n, h, v = bench.linear_logprob.real.shape(path)
     assert n == 48
-    hidden, weight, labels = bench.real.load(path, 20, "cpu")
+    hidden, weight, labels = bench.linear_logprob.real.load(path, 20, "cpu")
     assert (hidden.shape, weight.shape, labels.shape) == ((20, h), (v, h), (20,))
     # a model that was trained on such answers finds them likely
-    logp = bench.peers.eager(hidden, weight, labels)
+    logp = bench.linear_logprob.peers.eager(hidden, weight, labels)
     assert float(logp.mean()) > -3
     status, record = bench.measured(tmp_path, "--quick", "--entries", "fastdpo,eager", "--real", str(path))
     assert status == 0
@@ -206,8 +209,10 @@ def test_cuda_without_a_device_is_refused_with_words(bench, capsys):
 
 
 def test_an_installed_package_names_no_commit_of_the_repository_around_it(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.conditions, "ROOT", bench.conditions.ROOT / "bench")  # below a checkout, and none itself
-    assert bench.conditions._commit() == ""
-    found = bench.conditions.environment("cpu", "command")
-    assert "; no checkout; " in bench.sentences.conditions(found)
-    assert bench.conditions.environment("cpu", "command", "abc")["commit"] == "abc"
+    monkeypatch.setattr(
+        bench.measure.conditions, "ROOT", bench.measure.conditions.ROOT / "bench"
+    )  # below a checkout, and none itself
+    assert bench.measure.conditions._commit() == ""
+    found = bench.measure.conditions.environment("cpu", "command")
+    assert "; no checkout; " in bench.show.sentences.conditions(found)
+    assert bench.measure.conditions.environment("cpu", "command", "abc")["commit"] == "abc"

@@ -30,7 +30,7 @@ def cuda_file(folder: Path, case: str, **shape: object) -> Path:
 
 
 def test_a_gpus_table_says_what_was_measured_and_what_was_not(bench, tmp_path):
-    lines = bench.tables.cuda_table(cuda_file(tmp_path, "linear_logprob", n=4096)).splitlines()
+    lines = bench.show.readme.cuda_table(cuda_file(tmp_path, "linear_logprob", n=4096)).splitlines()
     assert lines[2] == (
         "| Toy-1B (64 x 900) frozen | 2.00, 10, 1e-05 | 3.00 (1.50 x), 40, 1e-05 | 4.00 (2.00 x), 80, 1e-05 |"
     )
@@ -42,7 +42,7 @@ def test_a_gpus_table_says_what_was_measured_and_what_was_not(bench, tmp_path):
 
 
 def test_readme_has_gpu_tables_only_where_there_are_results(bench, tmp_path, monkeypatch):
-    tables = bench.tables
+    tables = bench.show.readme
     readme = f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n"
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     empty = tables.rendered(readme)
@@ -66,7 +66,7 @@ def test_readme_has_gpu_tables_only_where_there_are_results(bench, tmp_path, mon
 def test_a_cpu_run_renders_as_a_table(bench, tmp_path):
     bench.measured(tmp_path, "--rounds", "1", "--quick")
     (path,) = tmp_path.glob("*.json")
-    table = bench.tables.table(path)
+    table = bench.show.readme.table(path)
     assert table.count("\n| 40x16x700") == 6
     assert "these ratios are CPU ratios" in table
 
@@ -74,7 +74,7 @@ def test_a_cpu_run_renders_as_a_table(bench, tmp_path):
 def test_points_of_a_plot_are_a_figure_and_no_rows_of_the_table(bench, tmp_path):
     bench.measured(tmp_path, "--rounds", "1", "--plot", "--memory_budget", "1", "--entries", "fastdpo,eager")
     (path,) = tmp_path.glob("*.json")
-    table = bench.tables.table(path)
+    table = bench.show.readme.table(path)
     assert table.count("\n| 40x16x700") == 6
     assert "x16x150" not in table
     figure = f"![linear_logprob: time and peak memory against N and V](bench/results/{path.stem}.png)"
@@ -88,7 +88,7 @@ def test_points_of_a_plot_are_a_figure_and_no_rows_of_the_table(bench, tmp_path)
 
 
 def test_readme_renders_every_case_and_draws_their_figures(bench, tmp_path, monkeypatch, capsys):
-    tables = bench.tables
+    tables = bench.show.readme
     readme, results = tmp_path / "README.md", tmp_path / "results"
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", results)
@@ -109,14 +109,16 @@ def test_readme_renders_every_case_and_draws_their_figures(bench, tmp_path, monk
     for path in results.glob("*.json"):
         assert f"(bench/results/{path.stem}.png)" in text
         record = json.loads(path.read_text())
-        assert Image.open(path.with_suffix(".png")).info[bench.plot.DIGEST] == bench.plot.digest(record)
+        assert Image.open(path.with_suffix(".png")).info[bench.show.plot.DIGEST] == bench.show.plot.digest(record)
 
 
 def test_the_figures_of_readme_are_drawn_from_its_results(bench):
-    readme = (bench.tables.ROOT / "README.md").read_text()
-    for path in bench.tables.shown():
+    readme = (bench.show.readme.ROOT / "README.md").read_text()
+    for path in bench.show.readme.shown():
         record = json.loads(path.read_text())
-        assert (f"(bench/results/{path.stem}.png)" in readme) is bench.plot.can_draw(record)
-        if bench.plot.can_draw(record):
+        assert (f"(bench/results/{path.stem}.png)" in readme) is bench.show.plot.can_draw(record)
+        if bench.show.plot.can_draw(record):
             image = Image.open(path.with_suffix(".png"))
-            assert image.info[bench.plot.DIGEST] == bench.plot.digest(record), "run `python -m bench.tables`"
+            assert image.info[bench.show.plot.DIGEST] == bench.show.plot.digest(record), (
+                "run `python -m bench.show.readme`"
+            )

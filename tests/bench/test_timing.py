@@ -10,21 +10,23 @@ import torch
 def test_rounds_are_interleaved_and_the_first_is_a_warm_up(bench):
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    times, failed = bench.timing.interleaved(runs, bench.timing.Rounds(2), bench.timing.Timer("cpu"))
+    times, failed = bench.measure.timing.interleaved(
+        runs, bench.measure.timing.Rounds(2), bench.measure.timing.Timer("cpu")
+    )
     assert order == ["a", "b"] * 3
     assert {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
     assert not failed
 
 
 def test_a_slow_run_gets_fewer_rounds_spread_over_all(bench, monkeypatch):
-    order, timer = [], bench.timing.Timer("cpu")
+    order, timer = [], bench.measure.timing.Timer("cpu")
     monkeypatch.setattr(timer, "once", lambda run: run())
 
     def timed(name, ms):
         return lambda: order.append(name) or ms
 
     runs = {"slow": timed("s", 50.0), "fast": timed("f", 1.0)}
-    times, _ = bench.timing.interleaved(runs, bench.timing.Rounds(9, least=3, slice_ms=20.0), timer)
+    times, _ = bench.measure.timing.interleaved(runs, bench.measure.timing.Rounds(9, least=3, slice_ms=20.0), timer)
     assert "".join(order) == "sf" + "ffsf" * 3
     assert len(times["slow"]) == 3
 
@@ -36,7 +38,9 @@ def test_a_run_that_fails_in_a_round_is_dropped_and_named(bench):
         left.pop()
 
     runs = {"good": lambda: None, "bad": fails_later}
-    times, failed = bench.timing.interleaved(runs, bench.timing.Rounds(4), bench.timing.Timer("cpu"))
+    times, failed = bench.measure.timing.interleaved(
+        runs, bench.measure.timing.Rounds(4), bench.measure.timing.Timer("cpu")
+    )
     assert len(times["good"]) == 4
     assert set(times) == {"good"}
     assert failed["bad"].startswith("IndexError")
@@ -44,23 +48,23 @@ def test_a_run_that_fails_in_a_round_is_dropped_and_named(bench):
 
 def test_a_budget_that_ends_within_a_case_keeps_what_it_has(bench, monkeypatch):
     now = [0.0]
-    budget = bench.timing.Budget(1.0, clock=lambda: now[0])
+    budget = bench.measure.timing.Budget(1.0, clock=lambda: now[0])
 
     def slow(hidden, weight, labels, softcap):
         now[0] += 20.0
-        return bench.peers.eager(hidden, weight, labels)
+        return bench.linear_logprob.peers.eager(hidden, weight, labels)
 
-    case = bench.cases.Case(40, 16, 700, "fp32", "forward")
-    eager = bench.peers.EAGER
+    case = bench.linear_logprob.cases.Case(40, 16, 700, "fp32", "forward")
+    eager = bench.linear_logprob.peers.EAGER
     entries = {name: replace(eager, name=name, run=slow) for name in ("a", "b", "c")}
     comparison = bench.logprobs(40, 16, 700, torch.float32)
-    rounds, timer = bench.timing.Rounds(5), bench.timing.Timer("cpu")
+    rounds, timer = bench.measure.timing.Rounds(5), bench.measure.timing.Timer("cpu")
     # an entry runs twice before the rounds: checked, and its peak taken
-    rows, missing = bench.measure.measure_case(case, comparison, entries, rounds, timer, budget, {})
+    rows, missing = bench.measure.rows.measure_case(case, comparison, entries, rounds, timer, budget, {})
     assert rows == []
     assert [str(m) for m in missing] == [f"{case.name}: {name}: no time left" for name in "abc"]
     now[0] = -160.0
-    rows, missing = bench.measure.measure_case(case, comparison, entries, rounds, timer, budget, {})
+    rows, missing = bench.measure.rows.measure_case(case, comparison, entries, rounds, timer, budget, {})
     assert {row.entry: len(row.times) for row in rows} == {"a": 1, "b": 1, "c": 1}
     assert missing == []
 
@@ -92,19 +96,19 @@ def test_a_gpu_run_is_timed_by_events_after_a_flush_of_its_cache(bench, monkeypa
     flush = SimpleNamespace(zero_=lambda: log.append("flush"))
     sizes = []
     empty = lambda size, **_: sizes.append(size) or flush  # noqa: E731
-    monkeypatch.setattr(bench.timing, "torch", SimpleNamespace(cuda=cuda, empty=empty, int8=torch.int8))
-    timer = bench.timing.Timer("cuda")
+    monkeypatch.setattr(bench.measure.timing, "torch", SimpleNamespace(cuda=cuda, empty=empty, int8=torch.int8))
+    timer = bench.measure.timing.Timer("cuda")
     assert sizes == [100 << 20]
     assert timer.once(lambda: log.append("run")) == 1.5
     assert log == ["wait", "flush", "event", "run", "event", "wait"]
     log.clear()
-    assert bench.timing.peak_mib(lambda: log.append("run"), "cuda") == 12.0
+    assert bench.measure.timing.peak_mib(lambda: log.append("run"), "cuda") == 12.0
     assert log == ["wait", "reset", "run", "wait"]
 
     fake = SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0"), __version__="2", get_num_threads=lambda: 1)
-    monkeypatch.setattr(bench.conditions, "torch", fake)
+    monkeypatch.setattr(bench.measure.conditions, "torch", fake)
     monkeypatch.setenv("FASTDPO_KEEP_MB", "0")
-    found = bench.conditions.environment("cuda", "command", "abc")
+    found = bench.measure.conditions.environment("cuda", "command", "abc")
     assert (found["device"], found["capability"], found["cuda"], found["commit"]) == ("GPU X", "9.0", "13.0", "abc")
     assert found["memory_gib"] == 80.0
     assert found["settings"]["FASTDPO_KEEP_MB"] == "0"
@@ -120,5 +124,5 @@ def test_a_gpu_run_is_timed_by_events_after_a_flush_of_its_cache(bench, monkeypa
     ],
 )
 def test_other_words_for_out_of_memory(bench, reason):
-    assert bench.faults.out_of_memory(reason) == "out of memory"
-    assert bench.faults.out_of_memory(RuntimeError("out of range")) is None
+    assert bench.measure.faults.out_of_memory(reason) == "out of memory"
+    assert bench.measure.faults.out_of_memory(RuntimeError("out of range")) is None

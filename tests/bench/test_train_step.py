@@ -22,7 +22,7 @@ ENTRIES = ["fastdpo", "fastdpo padded", "fastdpo packed", "fastdpo shared", "trl
 @pytest.fixture
 def toy(bench):
     """The quick case."""
-    (case,) = bench.train_cases.train_cases("cpu", True, inputs="synthetic")
+    (case,) = bench.train_step.cases.train_cases("cpu", True, inputs="synthetic")
     return case
 
 
@@ -31,9 +31,9 @@ def measure(bench, toy):
     """measure(entries by name, case=..., rounds=...) -> rows and what is missing, both by entry."""
 
     def measure(entries, case=toy, rounds=1, budget=None):
-        timer, rounds = bench.timing.Timer("cpu"), bench.timing.Rounds(rounds)
-        budget = budget or bench.timing.Budget(None)
-        rows, missing = bench.train_step.measure_training(case, entries, rounds, timer, budget)
+        timer, rounds = bench.measure.timing.Timer("cpu"), bench.measure.timing.Rounds(rounds)
+        budget = budget or bench.measure.timing.Budget(None)
+        rows, missing = bench.train_step.step.measure_training(case, entries, rounds, timer, budget)
         return {row.entry: row for row in rows}, {m.entry: m.reason for m in missing}
 
     return measure
@@ -46,9 +46,9 @@ def entries(bench):
     def entries(**changed):
         from fastdpo import DPOConfig, DPOTrainer
 
-        found = bench.entries.found(bench.train_peers.FACTORIES, "cpu", ["fastdpo padded", "trl"])
+        found = bench.measure.entries.found(bench.train_step.peers.FACTORIES, "cpu", ["fastdpo padded", "trl"])
         if changed:
-            run = partial(bench.train_peers.trainer_of, DPOTrainer, DPOConfig, **changed)
+            run = partial(bench.train_step.peers.trainer_of, DPOTrainer, DPOConfig, **changed)
             found["fastdpo padded"] = replace(found["fastdpo padded"], run=run)
         return found
 
@@ -61,7 +61,7 @@ def test_a_run_has_a_row_for_every_trainer_with_all_its_conditions(bench, tmp_pa
     assert record["complete"]
     assert record["missing"] == record["refused"] == []
     assert [row["entry"] for row in record["rows"]] == ENTRIES
-    assert record["environment"]["data"] == bench.train_data.TOLD["synthetic"]
+    assert record["environment"]["data"] == bench.train_step.data.TOLD["synthetic"]
     assert {"trl", "transformers", "peft", "accelerate"} <= set(record["environment"]["versions"])
     rows = {row["entry"]: row for row in record["rows"]}
     for row in record["rows"]:
@@ -89,11 +89,11 @@ def test_a_run_has_a_row_for_every_trainer_with_all_its_conditions(bench, tmp_pa
     assert re.search(r"over trl, one after the other: head and synchronisation .* x, no padding .* x, prompts", printed)
     assert "these ratios are CPU ratios" in printed
     (path,) = tmp_path.glob("*.json")
-    table = bench.tables.table(path)
+    table = bench.show.readme.table(path)
     assert table.count("\n| toy, 2 pairs of 64 fp32 full synthetic | ") == 1
     assert table.splitlines()[-1] == f"![train_step: pairs per second and memory](bench/results/{path.stem}.png)"
     assert "random words with the lengths of real pairs" in table
-    assert Image.open(path.with_suffix(".png")).info[bench.plot.DIGEST] == bench.plot.digest(record)
+    assert Image.open(path.with_suffix(".png")).info[bench.show.plot.DIGEST] == bench.show.plot.digest(record)
 
 
 @pytest.mark.parametrize("fault", ["beta", "mask"])
@@ -116,7 +116,7 @@ def test_a_trainer_that_computes_something_else_is_a_fault_and_not_timed(bench, 
 
         changed["fastdpo padded"] = replace(changed["fastdpo padded"], run=blind)
     timed = []
-    monkeypatch.setattr(bench.train_step.Trained, "epoch", lambda self: timed.append(self.entry.name))
+    monkeypatch.setattr(bench.train_step.step.Trained, "epoch", lambda self: timed.append(self.entry.name))
     rows, missing = measure(changed)
     assert set(rows) == set(timed) == {"trl"}
     assert missing["fastdpo padded"].startswith("FAULT: (fastdpo ")
@@ -125,8 +125,8 @@ def test_a_trainer_that_computes_something_else_is_a_fault_and_not_timed(bench, 
 
 def test_a_fault_of_ours_fails_the_run_and_is_refused_by_name(bench, tmp_path, monkeypatch, entries, capsys):
     wrong = entries(beta=0.2)
-    factories = [bench.entries.Factory(name, lambda name: wrong[name]) for name in wrong]
-    monkeypatch.setattr(bench.train_peers, "FACTORIES", factories)
+    factories = [bench.measure.entries.Factory(name, lambda name: wrong[name]) for name in wrong]
+    monkeypatch.setattr(bench.train_step.peers, "FACTORIES", factories)
     status, record = bench.measured(tmp_path, "--rounds", "1", case="train_step")
     assert status == 1
     assert [row["entry"] for row in record["rows"]] == ["trl"]
@@ -134,7 +134,7 @@ def test_a_fault_of_ours_fails_the_run_and_is_refused_by_name(bench, tmp_path, m
     assert "fastdpo padded: FAULT: " in refused
     assert "  fastdpo padded: FAULT: " in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
-    assert "Not everything was measured" in bench.tables.table(path)
+    assert "Not everything was measured" in bench.show.readme.table(path)
 
 
 def test_nothing_is_timed_without_something_to_check_against(bench, measure, entries, monkeypatch):
@@ -149,7 +149,7 @@ def test_nothing_is_timed_without_something_to_check_against(bench, measure, ent
     assert rows == {}
     assert missing == {"": "nothing to check against: trl: RuntimeError: no such trainer"}
     # rewards that hardly move say nothing about beta
-    monkeypatch.setitem(bench.train_peers.LEARNING_RATES, "full", 1e-6)
+    monkeypatch.setitem(bench.train_step.peers.LEARNING_RATES, "full", 1e-6)
     rows, missing = measure(found)
     assert rows == {}
     assert re.match(r"nothing to check against: trl: its rewards moved by \S+ only", missing[""])
@@ -157,13 +157,13 @@ def test_nothing_is_timed_without_something_to_check_against(bench, measure, ent
 
 def test_every_round_has_one_turn_of_each_on_the_same_pairs(bench, measure, entries, monkeypatch):
     seen = []
-    step = bench.turns.Turns.on_step_begin
+    step = bench.train_step.turns.Turns.on_step_begin
 
     def watched(self, *args, **kwargs):
         step(self, *args, **kwargs)
         seen.append(type(self.trainer).__module__.partition(".")[0])
 
-    monkeypatch.setattr(bench.turns.Turns, "on_step_begin", watched)
+    monkeypatch.setattr(bench.train_step.turns.Turns, "on_step_begin", watched)
     rows, missing = measure(entries(), rounds=2)
     assert missing == {}
     assert [row.times for row in rows.values()] == [row.times for row in rows.values() if len(row.times) == 2]
@@ -181,11 +181,11 @@ def test_trl_is_the_yardstick_where_it_is_not_asked_for(measure, entries):
 
 
 def test_time_that_is_over_and_room_that_is_not_there_are_named(bench, toy, measure, entries):
-    rows, missing = measure(entries(), budget=bench.timing.Budget(0))
+    rows, missing = measure(entries(), budget=bench.measure.timing.Budget(0))
     assert (rows, missing) == ({}, {"": "no time left"})
     rows, missing = measure(entries(), replace(toy, entries=("trl",)))
     assert set(rows) == {"trl"}
-    assert missing == {"fastdpo padded": bench.train_cases.NO_ROOM}
+    assert missing == {"fastdpo padded": bench.train_step.cases.NO_ROOM}
     assert missing["fastdpo padded"].endswith(bench.benchmark.BENIGN)
 
 
@@ -193,10 +193,10 @@ def test_a_model_in_a_folder_is_trained_with_lora(bench, tmp_path, monkeypatch, 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "small-model"
-    bench.train_data.word_tokenizer().save_pretrained(folder)
+    bench.train_step.data.word_tokenizer().save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=128, initializer_range=0.3, **sizes)).save_pretrained(folder)
-    monkeypatch.setitem(bench.train_cases.FOLDER_SIZES, ("cpu", False), (2, 64, 3))
+    monkeypatch.setitem(bench.train_step.cases.FOLDER_SIZES, ("cpu", False), (2, 64, 3))
     arguments = ("--entries", "fastdpo,trl", "--rounds", "1", "--model", str(folder))
     status, record = bench.measured(tmp_path, *arguments, case="train_step")
     assert status == 0
@@ -211,14 +211,14 @@ def test_models_stand_beside_each_other_in_one_models_memory(bench, toy):
     def storages(*models):
         return {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
 
-    full = bench.train_peers.Models(toy, "cpu")
+    full = bench.train_step.peers.Models(toy, "cpu")
     first, second, reference, other = full.policy(), full.policy(), full.reference(), full.reference()
     assert not storages(first) & storages(second)
     assert not storages(first, second) & storages(reference)
     assert storages(reference) == storages(other)
     assert all(p.requires_grad for p in first.parameters())
     assert not any(p.requires_grad for p in reference.parameters())
-    lora = bench.train_peers.Models(replace(toy, mode="lora"), "cpu")
+    lora = bench.train_step.peers.Models(replace(toy, mode="lora"), "cpu")
     first, second = lora.policy(), lora.policy()
     assert storages(first) == storages(second)
     assert first.model.layers[0] is not second.model.layers[0]
@@ -226,42 +226,42 @@ def test_models_stand_beside_each_other_in_one_models_memory(bench, toy):
 
 
 def test_models_of_a_gpu_are_those_of_the_issue_and_fit(bench):
-    cases = bench.train_cases.train_cases("cuda", False)
+    cases = bench.train_step.cases.train_cases("cuda", False)
     assert {case.head for case in cases} == {"Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B"}
     assert {case.head for case in cases if case.mode == "lora"} == {case.head for case in cases}
     assert len({case.name for case in cases}) == len(cases)
-    known = {factory.name for factory in bench.train_peers.FACTORIES}
+    known = {factory.name for factory in bench.train_step.peers.FACTORIES}
     assert all(set(case.entries) <= known for case in cases)
-    heads = {head.model: (head.h, head.v) for head in bench.cases.HEADS}
+    heads = {head.model: (head.h, head.v) for head in bench.linear_logprob.cases.HEADS}
     assert all((case.h, case.v) == heads[case.head] for case in cases)
 
 
 def test_synthetic_pairs_have_the_lengths_in_the_table(bench, monkeypatch):
-    from fastdpo.data.tokenize import tokenize_dataset
+    from fastdpo.data.tokenize_dataset import tokenize_dataset
 
-    pairs = bench.train_data.synthetic_pairs(8, 1024)
+    pairs = bench.train_step.data.synthetic_pairs(8, 1024)
     tokens, _ = tokenize_dataset(pairs.rows, pairs.tokenizer, max_length=1024)
     sizes = [(len(r["prompt_ids"]), len(r["chosen_ids"]) - 1, len(r["rejected_ids"]) - 1) for r in tokens]  # EOS
-    assert sorted(sizes) == sorted(bench.train_data.spread(bench.train_data.LENGTHS, 8))
+    assert sorted(sizes) == sorted(bench.train_step.data.spread(bench.train_step.data.LENGTHS, 8))
     assert sizes != sorted(sizes, key=sum)
 
 
 def test_the_table_of_lengths_is_that_of_the_real_pairs(bench, shared_data, monkeypatch):
-    from fastdpo.data.tokenize import tokenize_dataset
+    from fastdpo.data.tokenize_dataset import tokenize_dataset
 
-    monkeypatch.setattr(bench.train_data, "PAIRS", shared_data / "dpo_en_demo.json")
-    assert bench.train_data.kind() == "real"
-    pairs = bench.train_data.make_pairs("real", 32, 1024)
+    monkeypatch.setattr(bench.train_step.data, "PAIRS", shared_data / "dpo_en_demo.json")
+    assert bench.train_step.data.kind() == "real"
+    pairs = bench.train_step.data.make_pairs("real", 32, 1024)
     tokens, _ = tokenize_dataset(pairs.rows, pairs.tokenizer, max_length=1024)
     sizes = [tuple(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in tokens]
     # a token more or less in a few rows is a tokenizer's or a template's business
-    for mine, wanted in zip(zip(*sizes, strict=True), zip(*bench.train_data.LENGTHS, strict=True), strict=True):
+    for mine, wanted in zip(zip(*sizes, strict=True), zip(*bench.train_step.data.LENGTHS, strict=True), strict=True):
         assert sum(mine) == pytest.approx(sum(wanted), rel=0.02)
 
 
 def test_reads_of_single_numbers_are_counted_but_for_guarded_ones(bench):
     x, offsets = torch.arange(3.0, requires_grad=True), torch.tensor([0, 1, 3])
-    with bench.train_counts.waits("cpu") as counter:
+    with bench.train_step.counts.waits("cpu") as counter:
         x.sum().item()
         bool((x > 1).any())
         (x * x).sum().backward()
@@ -272,11 +272,13 @@ def test_reads_of_single_numbers_are_counted_but_for_guarded_ones(bench):
 def test_a_trainer_that_fails_in_its_turn_says_so_and_one_that_waits_is_ended(bench, toy, tmp_path):
     from fastdpo import DPOConfig, DPOTrainer
 
-    arguments = bench.train_peers.arguments(toy, "cpu", 20, str(tmp_path))
-    models, pairs = bench.train_step._inputs(toy, "cpu")
-    setup = bench.train_peers.Setup(models.policy(), models.reference(), None, pairs.rows, pairs.tokenizer, arguments)
+    arguments = bench.train_step.peers.arguments(toy, "cpu", 20, str(tmp_path))
+    models, pairs = bench.train_step.step._inputs(toy, "cpu")
+    setup = bench.train_step.peers.Setup(
+        models.policy(), models.reference(), None, pairs.rows, pairs.tokenizer, arguments
+    )
     with ExitStack() as cleanup:
-        turns = bench.turns.Turns(bench.train_peers.trainer_of(DPOTrainer, DPOConfig, setup))
+        turns = bench.train_step.turns.Turns(bench.train_step.peers.trainer_of(DPOTrainer, DPOConfig, setup))
         cleanup.callback(turns.end)
         turns.start()
         turns.turn(2)

@@ -1,0 +1,1 @@
+"""`fastdpo doctor`: this machine, the path of the op on it, and the op against float64."""

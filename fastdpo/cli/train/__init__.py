@@ -1,0 +1,1 @@
+"""`fastdpo train`: arguments and data files -> one run of DPOTrainer."""

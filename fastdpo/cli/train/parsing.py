@@ -1,0 +1,219 @@
+"""Command line and config file -> checked values, from the table of fields alone: no torch, no transformers."""
+
+import argparse
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastdpo.cli.errors import UsageError
+from fastdpo.cli.train import llama_factory
+from fastdpo.cli.train.arguments import Field
+from fastdpo.cli.train.config_files import OWN_FLAGS, read_config
+from fastdpo.cli.train.fields import FIELDS
+from fastdpo.cli.train.llama_factory import KEYS
+from fastdpo.cli.train.llama_factory_keys import RENAMED
+from fastdpo.cli.train.values import Entry, convert, plain
+from fastdpo.config.old_names import OLD_NAMES, todays_names
+from fastdpo.wording import closest
+
+logger = logging.getLogger(__name__)
+
+BY_NAME = {field.name: field for field in FIELDS}
+DEFAULTS = {field.name: field.default for field in FIELDS}
+SHORT = {"-m": "--model_name_or_path", "-d": "--dataset_name", "-h": "--help"}
+
+# names that other trainers or older releases use for what a field does here: closer than spelling tells
+ELSEWHERE = {
+    **RENAMED,
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lora_dim": "lora_r",
+    "lora_target": "lora_target_modules",
+    "lr": "learning_rate",
+    "max_seq_len": "max_length",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "ref_model_name_or_path": "ref_model",
+}
+
+# what TRL's ModelConfig called what it and this command call otherwise today; DPOConfig's own are in OLD_NAMES
+OLD_HERE = {"streaming": "dataset_streaming", "torch_dtype": "dtype"}
+# names that are read besides those of the table
+HIDDEN = (OLD_NAMES.keys() | OLD_HERE.keys() | KEYS) - BY_NAME.keys()
+
+
+class Request(NamedTuple):
+    """What the user asked for: values by field name (only those given), and where each came from."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+    demo: bool
+    config: str | None
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Command line over config file, old names and LLaMA-Factory's as today's; one log line says each translation.
+
+    Raises UsageError with one sentence that names the argument.
+    """
+    found, alone = _build_parser(show_all=False).parse_known_args(_canonical(argv))
+    if alone:
+        raise UsageError(f"'{alone[0]}' stands alone: arguments are --name value; a config file is the first word")
+    given = vars(found)
+    config = given["config"]
+    entries = read_config(Path(config)) if config is not None else []
+    entries += [Entry(name, value) for name, value in given.items() if name not in OWN_FLAGS]
+    foreign = llama_factory.is_one(entries)
+    if foreign:
+        entries = llama_factory.translate(entries, str(config or "the command line"))
+    for entry in entries:
+        if entry.name not in BY_NAME and entry.name not in OLD_NAMES and entry.name not in OLD_HERE:
+            raise UsageError(_unknown(entry.name, entry.place))
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for entry in _todays(entries):
+        values[entry.name] = convert(entry.value, BY_NAME[entry.name], entry.where)
+        sources[entry.name] = entry.where
+    if foreign:
+        llama_factory.add_defaults(values)
+    return Request(values, sources, demo=given["demo"], config=config)
+
+
+def _todays(entries: list[Entry]) -> Iterator[Entry]:
+    """The file's, then the command line's, under today's names."""
+    for source in ([e for e in entries if e.place], [e for e in entries if not e.place]):
+        named = {entry.name: entry for entry in source if entry.name in BY_NAME}
+        yield from named.values()
+        for entry in source:
+            if entry.name in named:
+                continue
+            if entry.name in OLD_HERE:
+                today = OLD_HERE[entry.name]
+                says = "which is given too and goes first" if today in named else "taken as that"
+                logger.warning(f"{entry.name} is {today} today; {says}.")
+                if today not in named:
+                    yield entry._replace(name=today, given_as=entry.name)
+                continue
+            todays = {name: convert(other.value, BY_NAME[name], other.where) for name, other in named.items()}
+            try:
+                found = todays_names({**todays, entry.name: plain(entry.value)}, BY_NAME, "fastdpo train")
+            except ValueError as error:
+                raise UsageError(f"{entry.place}: {error}" if entry.place else str(error)) from error
+            for name, value in found.items():
+                if name not in todays or value is not todays[name]:
+                    yield Entry(name, value, entry.place, entry.name)
+
+
+def help_text(show_all: bool) -> str:
+    return _build_parser(show_all).format_help()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def _build_parser(show_all: bool) -> _Parser:
+    parser = _Parser(
+        prog="fastdpo train",
+        usage="fastdpo train -m MODEL -d DATA [arguments]\n       fastdpo train --config FILE [arguments]\n"
+        "       fastdpo train --demo",
+        description="Train a model on preference pairs with DPO.\n"
+        "Arguments are --name value, --name=value or name=value.",
+        epilog=None if show_all else "Every argument, with all that TrainingArguments has: fastdpo train --help-all",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    command = parser.add_argument_group("command")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON file of arguments, or LLaMA-Factory's; the command line goes first",
+    )
+    command.add_argument("--demo", action="store_true", help="train the embedded tiny model: no data, network or GPU")
+    command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    command.add_argument("-h", "--help", action="store_true", help="the main arguments")
+    command.add_argument("--help_all", action="store_true", help="every argument")
+    # understood, and not shown
+    for name in sorted(HIDDEN):
+        command.add_argument(f"--{name}", default=argparse.SUPPRESS, nargs="?", const="true", help=argparse.SUPPRESS)
+    groups: dict[str, Any] = {}
+    short = {name: flag for flag, name in SHORT.items()}
+    for field in FIELDS:
+        if field.group not in groups:
+            groups[field.group] = parser.add_argument_group(field.group)
+        flags = [short[f"--{field.name}"]] if f"--{field.name}" in short else []
+        kinds = field.type.split(" | ")
+        nargs = "+" if any(kind.startswith("list") for kind in kinds) else "?" if "bool" in kinds else None
+        groups[field.group].add_argument(
+            *flags,
+            f"--{field.name}",
+            default=argparse.SUPPRESS,
+            nargs=nargs,
+            const="true" if nargs == "?" else None,
+            metavar=_metavar(field),
+            help=_help(field) if field.main or show_all else argparse.SUPPRESS,
+        )
+    return parser
+
+
+def _metavar(field: Field) -> str:
+    if field.choices and len(field.choices) <= 5:
+        return "{" + ",".join(field.choices) + "}"
+    if field.type.startswith("bool | str"):
+        return "VALUE"
+    return field.type.split(" | ")[0].upper().replace("LIST[STR]", "NAME").replace("LIST[FLOAT]", "FLOAT")
+
+
+def _help(field: Field) -> str:
+    default = ", ".join(map(str, field.default)) if isinstance(field.default, list) else field.default
+    note = "" if field.default is None or field.default == [] else f" (default: {str(default).replace('%', '%%')})"
+    return field.help.replace("%", "%%") + note
+
+
+def _canonical(argv: Sequence[str]) -> list[str]:
+    """`--a-b`, `--a_b=v`, `a_b=v`, `--no_a_b`, a leading config file, all in argparse's form; refuses unknown names."""
+    tokens: list[str] = []
+    takes_value = False
+    for index, token in enumerate(argv):
+        if index == 0 and re.fullmatch(r"[^-=][^=]*\.(ya?ml|json)", token):
+            tokens += ["--config", token]
+            continue
+        bare = re.match(r"[A-Za-z_][\w-]*=", token) if not takes_value else None
+        if not token.startswith("--") and not bare:
+            if token.startswith("-") and token not in SHORT and not re.match(r"-[\d.]", token):
+                raise UsageError(f"there is no argument '{token}'{_suggestion(token.lstrip('-'), '--')}")
+            if not tokens and token not in SHORT:
+                raise UsageError(f"'{token}' stands alone: arguments are --name value, --name=value or name=value")
+            tokens.append(token)
+            takes_value = token in SHORT and token != "-h"
+            continue
+        name, equals, value = token.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        field = BY_NAME.get(name)
+        positive = BY_NAME.get(name.removeprefix("no_"))
+        if field is None and name.startswith("no_") and positive and "bool" in positive.type and not equals:
+            name, equals, value, field = positive.name, "=", "false", positive
+        if field is None and name not in OWN_FLAGS and name not in HIDDEN:
+            raise UsageError(_unknown(name, ""))
+        tokens += [f"--{name}={value}" if equals else f"--{name}"]
+        takes_value = not equals and (name == "config" or (field is not None and "bool" not in field.type.split(" | ")))
+    return tokens
+
+
+def _unknown(name: str, place: str) -> str:
+    if name in KEYS and name not in ELSEWHERE:
+        hint = f" outside a LLaMA-Factory configuration, which has {'stage: dpo' if place else 'stage=dpo'}"
+    else:
+        hint = _suggestion(name, "" if place else "--")
+    return f"{place}: there is no key '{name}'{hint}" if place else f"there is no argument '--{name}'{hint}"
+
+
+def _suggestion(name: str, prefix: str = "") -> str:
+    if name in ELSEWHERE:
+        return f": here it is '{prefix}{ELSEWHERE[name]}'"
+    close = closest(name, [*BY_NAME, *OWN_FLAGS])
+    return f": did you mean '{prefix}{close}'?" if close else " (see fastdpo train --help-all)"

@@ -1,0 +1,1 @@
+"""How the files of the demo were made; no run needs it."""

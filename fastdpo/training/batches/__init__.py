@@ -1,0 +1,1 @@
+"""How pairs become batches: their layout, and how many a batch has."""

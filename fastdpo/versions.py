@@ -1,0 +1,19 @@
+"""fastdpo's version, and those of what is installed beside it."""
+
+__version__ = "0.1.0"
+
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of what takes part in training, as far as it is installed."""
+    from importlib.metadata import PackageNotFoundError, version  # not needed to import fastdpo
+
+    found = {"fastdpo": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
