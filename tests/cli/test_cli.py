@@ -427,8 +427,8 @@ def test_a_model_folder_that_cannot_be_read(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is meant")
 def test_a_result_that_cannot_be_printed(tmp_path: Path):
     code = (
-        "import sys; from fastdpo.cli import main; from fastdpo.cli.train import command; command.run = lambda request: 'result'; "
-        "sys.exit(main(['train']))"
+        "import sys; from fastdpo.cli import main; from fastdpo.cli.train import command; "
+        "command.run = lambda request: 'result'; sys.exit(main(['train']))"
     )
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]
