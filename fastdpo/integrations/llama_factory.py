@@ -238,7 +238,7 @@ def _init(trainer: Any) -> Callable[..., None]:
             if causal_lm is not None and id(causal_lm) not in self._fastdpo_forwards:
                 forward_or_reason = forward_of(causal_lm)
                 if isinstance(forward_or_reason, str):
-                    _say_why(f"the {role} ({type(causal_lm).__name__})", forward)
+                    _say_why(f"the {role} ({type(causal_lm).__name__})", forward_or_reason)
                 else:
                     self._fastdpo_forwards[id(causal_lm)] = forward_or_reason
         with _installed(self):
