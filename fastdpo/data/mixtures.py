@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from fastdpo.data.data_files import DataFiles
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences
-from fastdpo.wording import closest, count
+from fastdpo.wording import count, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def _parse_spec(item: Any, place: str) -> DatasetSpec:
         raise DataError(f"{place} is {type(item).__name__}; wanted keys {', '.join(names)}.")
     unknown = next((key for key in item if key not in names), None)
     if unknown is not None:
-        close = closest(str(unknown), names)
-        hint = f"did you mean `{close}`?" if close else f"wanted {', '.join(names)}."
+        hint = did_you_mean(unknown, names, "`") or f"wanted {', '.join(names)}."
         raise DataError(f"{place} has the unknown key `{unknown}`; {hint}")
     given = {key: value for key, value in item.items() if value is not None}
     if "path" not in given:

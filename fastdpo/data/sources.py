@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from fastdpo.data.errors import DataError
 from fastdpo.data.files import FILE_TYPES, PlacedRow, read_file
 from fastdpo.data.llama_factory import Entry, Layout, parse_entry, read_entries
-from fastdpo.wording import closest, first_line
+from fastdpo.wording import did_you_mean, first_line
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ def open_source(source: str, *, split: str, config: str | None, dataset_dir: str
         if source in entries:
             return _open_entry(parse_entry(source, entries[source], folder), split, config)
         if not path.exists():
-            raise DataError(f"{folder / 'dataset_info.json'} has no entry `{source}`{_closest(source, entries)}")
+            hint = did_you_mean(source, entries, "`")
+            hint = f"; {hint}" if hint else f" (it has {', '.join(entries) or 'none'})."
+            raise DataError(f"{folder / 'dataset_info.json'} has no entry `{source}`{hint}")
     if path.is_file():
         return Source(source, read_file(path, split), _sibling_layout(path))
     if path.is_dir():
@@ -140,11 +142,6 @@ def from_hub(name: str, config: str | None, split: str, **files: Any) -> Dataset
     if not isinstance(dataset, Dataset):
         raise DataError(f"{name}: split {split!r} is a {type(dataset).__name__}; wanted one split, such as train.")
     return dataset
-
-
-def _closest(name: str, entries: Iterable[str]) -> str:
-    close = closest(name, list(entries))
-    return f"; did you mean `{close}`?" if close else f" (it has {', '.join(entries) or 'none'})."
 
 
 def _not_loaded(name: str, error: BaseException) -> DataError:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastdpo.cli import main
+from fastdpo.cli.command import _finite
 from fastdpo.cli.doctor import command as doctor
 from fastdpo.cli.doctor import machine, self_test
 from fastdpo.cli.doctor import plan as doctor_plan
@@ -138,7 +139,7 @@ def test_json_is_one_object_with_the_same_facts(run: Run, monkeypatch: pytest.Mo
     assert report["shape"]["n"] == 100
     assert [x["path"] for x in report["plans"]] == ["stats", "one_pass", "recompute"]
     assert "self_test" not in report
-    assert doctor._finite({"a": [float("nan"), 1.0]}) == {"a": ["nan", 1.0]}
+    assert _finite({"a": [float("nan"), 1.0]}, str) == {"a": ["nan", 1.0]}
 
 
 def test_an_error_of_its_own_is_said_and_not_blamed_on_the_input(run: Run, monkeypatch: pytest.MonkeyPatch):

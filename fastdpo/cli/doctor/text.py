@@ -17,7 +17,7 @@ def render(report: dict[str, Any]) -> str:
     if report.get("kernels"):
         parts += _kernels(report["kernels"])
     parts.append(_findings(report))
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _versions(report: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.model_folder import _is_adapter_folder, check_model_folder
+from fastdpo.cli.model_folder import check_model_folder, is_adapter_folder
 from fastdpo.cli.train.parsing import Request
 from fastdpo.json_text import read_json
 
@@ -47,7 +47,7 @@ def check_request(request: Request) -> None:
 def with_base_model(request: Request) -> Request:
     """The request with the base model of an adapter's folder that was given as the model. Raises UsageError."""
     folder = request.values.get("model_name_or_path")
-    if folder is None or not _is_adapter_folder(Path(folder)):
+    if folder is None or not is_adapter_folder(Path(folder)):
         return request
     try:
         base = read_json(Path(folder, "adapter_config.json"))["base_model_name_or_path"]

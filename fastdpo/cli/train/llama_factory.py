@@ -16,7 +16,7 @@ from fastdpo.cli.train.fields import FIELDS
 from fastdpo.cli.train.llama_factory_keys import DEFAULTS, LORA_DEFAULTS, REFUSED, RENAMED, WHY_NOT
 from fastdpo.cli.train.values import Entry, convert, plain
 from fastdpo.config.old_names import OLD_NAMES
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,9 @@ def _translated(entry: Entry, unused: dict[str, str]) -> list[Entry]:
         unused[name] = WHY_NOT[name]
     if name in REFUSED or name in WHY_NOT:
         return []
-    close = closest(name, KEYS | OURS | OLD_NAMES.keys())
-    hint = f": did you mean '{close}'?" if close else ", neither LLaMA-Factory's nor fastdpo's"
+    hint = did_you_mean(name, KEYS | OURS | OLD_NAMES.keys())
     kind = f"{entry.place}: there is no key" if entry.place else "there is no argument"
-    raise UsageError(f"{kind} '{name}'{hint}")
+    raise UsageError(f"{kind} '{name}'" + (f": {hint}" if hint else ", neither LLaMA-Factory's nor fastdpo's"))
 
 
 def _typed(entry: Entry, kind: str, choices: tuple[str, ...] | None = None) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.train.show import say
+from fastdpo.cli.terminal import say
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.models.load import load_policy
 from fastdpo.models.saved import load_adapter, read_adapter_config

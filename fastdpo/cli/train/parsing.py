@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdpo.cli.command import SentenceParser
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train import llama_factory
 from fastdpo.cli.train.arguments import Field
@@ -16,7 +17,7 @@ from fastdpo.cli.train.llama_factory import KEYS
 from fastdpo.cli.train.llama_factory_keys import RENAMED
 from fastdpo.cli.train.values import Entry, convert, plain
 from fastdpo.config.old_names import OLD_NAMES, todays_names
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -110,22 +111,14 @@ def help_text(show_all: bool) -> str:
     return _build_parser(show_all).format_help()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message.removeprefix("argument "))
-
-
-def _build_parser(show_all: bool) -> _Parser:
-    parser = _Parser(
+def _build_parser(show_all: bool) -> SentenceParser:
+    parser = SentenceParser(
         prog="fastdpo train",
         usage="fastdpo train -m MODEL -d DATA [arguments]\n       fastdpo train --config FILE [arguments]\n"
         "       fastdpo train --demo",
         description="Train a model on preference pairs with DPO.\n"
         "Arguments are --name value, --name=value or name=value.",
         epilog=None if show_all else "Every argument, with all that TrainingArguments has: fastdpo train --help-all",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        add_help=False,
-        allow_abbrev=False,
     )
     command = parser.add_argument_group("command")
     command.add_argument(
@@ -215,5 +208,5 @@ def _unknown(name: str, place: str) -> str:
 def _suggestion(name: str, prefix: str = "") -> str:
     if name in ELSEWHERE:
         return f": here it is '{prefix}{ELSEWHERE[name]}'"
-    close = closest(name, [*BY_NAME, *OWN_FLAGS])
-    return f": did you mean '{prefix}{close}'?" if close else " (see fastdpo train --help-all)"
+    hint = did_you_mean(name, [*BY_NAME, *OWN_FLAGS], prefix=prefix)
+    return f": {hint}" if hint else " (see fastdpo train --help-all)"

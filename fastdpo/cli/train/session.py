@@ -10,10 +10,12 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from fastdpo.cli.errors import TrainingFailed
+from fastdpo.cli.example_pair import example_pair
+from fastdpo.cli.terminal import say
 from fastdpo.cli.train.data import dataset_names
 from fastdpo.cli.train.models import freeze_layers, load_models
 from fastdpo.cli.train.parsing import DEFAULTS
-from fastdpo.cli.train.show import LogLines, ProgressBar, command_text, example_pair, result_text, say
+from fastdpo.cli.train.show import LogLines, ProgressBar, command_text, result_text
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.errors import DataError
 from fastdpo.files import DiskError

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train.arguments import Field
 from fastdpo.json_text import parse_json
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 WANTED = {
@@ -65,9 +65,9 @@ def convert(value: Any, field: Field, where: str) -> Any:
             continue
         for name in result if isinstance(result, list) else [result]:
             if field.choices and isinstance(name, str) and name not in field.choices:
-                close = closest(name, field.choices)
-                hint = f"; did you mean '{close}'?" if close else ""
-                raise UsageError(f"{where} should be one of {', '.join(field.choices)}, got '{name}'{hint}")
+                hint = did_you_mean(name, field.choices)
+                says = f"{where} should be one of {', '.join(field.choices)}, got '{name}'"
+                raise UsageError(f"{says}; {hint}" if hint else says)
         return result
     wanted = " or ".join(_wanted(kind) for kind in kinds if kind != "None" or len(kinds) == 1)
     raise UsageError(f"{where} should be {wanted}, got {_shown(value)}")
