@@ -13,6 +13,7 @@ from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_c
 from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.llama_factory import Layout
 from fastdpo.data.messages import parse_template_options, to_json
+from fastdpo.data.normalized import is_normalized, mark_normalized
 from fastdpo.data.preference import SIDES, Preference, preference_from_row
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 from fastdpo.wording import count
@@ -72,10 +73,10 @@ def _sample(dataset: Dataset, rows: int | None, where: str, seed: int) -> Datase
     if rows is None:
         return dataset
     generator = np.random.default_rng(seed)
-    found = len(dataset)
-    drawn = [generator.permutation(found)[:rows], generator.integers(found, size=max(rows - found, 0))]
-    logger.info(f"{where}: num_samples draws {rows} of {count(found, 'row')}.")
-    return dataset.select(np.concatenate(drawn))
+    there = len(dataset)
+    drawn = [generator.permutation(there)[:rows], generator.integers(there, size=max(rows - there, 0))]
+    logger.info(f"{where}: num_samples draws {rows} of {count(there, 'row')}.")
+    return mark_normalized(dataset.select(np.concatenate(drawn)), dataset)
 
 
 def normalize_dataset(
@@ -83,10 +84,13 @@ def normalize_dataset(
 ) -> Dataset | IterableDataset:
     """The same for a dataset in hand; a bad row is named `where[index]`.
 
-    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`) comes back as it is. An
-    `IterableDataset` is mapped row by row as it is read, and always has the columns `tools` and
-    `chat_template_kwargs` too; a bad row raises when it is reached, or is left out with a warning that counts it.
+    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`), or normalized already
+    (`fastdpo.data.normalized`), comes back as it is. An `IterableDataset` is mapped row by row as it is read, and
+    always has the columns `tools` and `chat_template_kwargs` too; a bad row raises when it is reached, or is left out
+    with a warning that counts it.
     """
+    if is_normalized(dataset):
+        return dataset
     first = next(iter(dataset), {})
     if isinstance(first, Mapping) and {"prompt_ids", "chosen_ids", "rejected_ids"} <= first.keys():
         return dataset
@@ -148,7 +152,7 @@ def _build(rows: Iterable[PlacedRow], where: str, layout: Layout | None, skip_ba
         if all(value is None for value in columns[name]):
             del columns[name]
     try:
-        return Dataset.from_dict(columns)
+        return mark_normalized(Dataset.from_dict(columns))
     except OverflowError as error:
         raise DataError(f"{where}: a number in the messages is too large to be stored: {error}.") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

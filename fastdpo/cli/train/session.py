@@ -1,8 +1,5 @@
 """One training run of the command: the trainer with its report, what it says, what it leaves behind."""
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,18 +31,6 @@ ADDED = (
 TAKEN = ("datasets", "dataset_config", "dataset_train_split", "data_scale_rate", "max_samples", "test_split_size")
 
 
-@contextlib.contextmanager
-def _said_already(name: str) -> Iterator[None]:
-    """Hold back the warnings of one logger."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 class Session:
     """Builds the trainer (the model loads here) and says what will be trained.
 
@@ -69,17 +54,16 @@ class Session:
             # a broken checkpoint is named before the model loads
             resolve_resume(resume, str(args.output_dir), adapter=self.adapter)
         models = load_models(option, args, peft_config)
-        with _said_already("fastdpo.data.formats"):  # the trainer looks at the rows again
-            self.trainer = DPOTrainer(
-                models.policy,
-                models.reference,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                quantization_config=models.quantization_config,
-                peft_config=models.peft_config,
-            )
+        self.trainer = DPOTrainer(
+            models.policy,
+            models.reference,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=models.quantization_config,
+            peft_config=models.peft_config,
+        )
         if option["freeze_trainable_layers"] is not None:
             freeze = (option[f"freeze_{what}"] for what in ("trainable_layers", "trainable_modules", "extra_modules"))
             freeze_layers(cast(Any, self.trainer.model), *freeze)
