@@ -61,23 +61,23 @@ def _parse_spec(item: Any, place: str) -> DatasetSpec:
     if unknown is not None:
         hint = did_you_mean(unknown, names, "`") or f"wanted {', '.join(names)}."
         raise DataError(f"{place} has the unknown key `{unknown}`; {hint}")
-    given = {key: value for key, value in item.items() if value is not None}
-    if "path" not in given:
+    options = {key: value for key, value in item.items() if value is not None}
+    if "path" not in options:
         raise DataError(f"{place} has no `path`.")
     for key in ("path", "name", "data_dir", "split"):
-        if not isinstance(given.get(key, ""), str):
-            raise DataError(f"{place}: {key} is {type(given[key]).__name__}; wanted text.")
-    files = given.get("data_files", "")
+        if not isinstance(options.get(key, ""), str):
+            raise DataError(f"{place}: {key} is {type(options[key]).__name__}; wanted text.")
+    files = options.get("data_files", "")
     named = list(files.values()) if isinstance(files, Mapping) else [files]
     if not all(_is_texts(value) or isinstance(value, str) for value in named):
         raise DataError(f"{place}: data_files is {files!r}; wanted a file, a list of files, or one for each split.")
-    columns = given.get("columns", [])
+    columns = options.get("columns", [])
     if not _is_texts(list(columns.values()) if isinstance(columns, Mapping) else columns):
         raise DataError(f"{place}: columns is {columns!r}; wanted a list of names, or our names with the file's.")
-    fraction = given.get("fraction", 1.0)
+    fraction = options.get("fraction", 1.0)
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < math.inf:
         raise DataError(f"{place}: fraction is {fraction!r}; wanted a number above 0.")
-    return DatasetSpec(**given)
+    return DatasetSpec(**options)
 
 
 def _is_texts(value: Any) -> bool:

@@ -19,6 +19,7 @@ from fastdpo.cli.errors import UsageError
 from fastdpo.cli.model_folder import check_model_folder
 from fastdpo.ops.ahead_of_time import SHARED_LIMIT, TARGETS
 from fastdpo.versions import __version__
+from fastdpo.wording import one_sentence
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TRAIN = ("none", "lora", "head")
@@ -199,4 +200,4 @@ def _over(row: dict[str, Any]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return one_sentence(error)[:400]

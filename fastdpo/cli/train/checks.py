@@ -61,8 +61,8 @@ def with_base_model(request: Request) -> Request:
     except UsageError as error:
         raise UsageError(f"the adapter {folder} belongs to {base}, and there is {error}: {fix}") from error
     more = request.values.get("adapter_name_or_path") or []
-    found = {"model_name_or_path": base, "adapter_name_or_path": [folder, *more]}
-    return request._replace(values={**request.values, **found})
+    adapted = {"model_name_or_path": base, "adapter_name_or_path": [folder, *more]}
+    return request._replace(values={**request.values, **adapted})
 
 
 def _check_adapters(request: Request) -> None:
@@ -76,9 +76,9 @@ def _check_adapters(request: Request) -> None:
     if fresh and not values.get("use_peft"):
         raise UsageError(f"{sources['create_new_adapter']} trains a fresh adapter: add --use_peft")
     if adapters and not fresh and (values.get("use_peft") or lora):
-        given = sources.get("use_peft") if values.get("use_peft") else sources[lora[0]]
+        argument = sources.get("use_peft") if values.get("use_peft") else sources[lora[0]]
         raise UsageError(
-            f"{given} is about a fresh adapter, and {adapters[-1]} goes on being trained as it is: leave it out, or "
+            f"{argument} is about a fresh adapter, and {adapters[-1]} goes on being trained as it is: leave it out, or "
             "add --use_peft --create_new_adapter to merge that adapter first"
         )
     if lora and not adapters and "use_peft" not in values:

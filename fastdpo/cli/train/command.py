@@ -17,7 +17,7 @@ from fastdpo.cli.train.fields import FIELDS
 from fastdpo.cli.train.parsing import DEFAULTS, Request, help_text, parse
 from fastdpo.escaping import visible
 from fastdpo.files import check_output_dir, check_writable
-from fastdpo.wording import one_sentence
+from fastdpo.wording import first_sentence
 
 if TYPE_CHECKING:
     from fastdpo.config.dpo_config import DPOConfig
@@ -161,10 +161,9 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
 
 def _reason(error: BaseException) -> str:
     """What a library says, in one sentence, without the advice that follows it."""
-    text = one_sentence(error)
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return "it brings Python code of its own; read that, and give --trust_remote_code to run it"
-    return text.split(". ")[0].rstrip(".")
+    return first_sentence(error).rstrip(".")
 
 
 def build_peft_config(option: dict[str, Any], model_type: str) -> Any:

@@ -23,12 +23,19 @@ from fastdpo.training.checkpoints.stop_signals import Preempted
 from fastdpo.training.trainer import DPOTrainer
 
 # what summary.json says of a model where it is asked for
-ADDED = (
+MODEL_DETAILS = (
     *("adapter_name_or_path", "create_new_adapter", "load_in_4bit", "load_in_8bit", "ref_model", "ref_adapters"),
     *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
 )
 # and of the data
-TAKEN = ("datasets", "dataset_config", "dataset_train_split", "data_scale_rate", "max_samples", "test_split_size")
+DATA_DETAILS = (
+    "datasets",
+    "dataset_config",
+    "dataset_train_split",
+    "data_scale_rate",
+    "max_samples",
+    "test_split_size",
+)
 
 
 class Session:
@@ -48,7 +55,7 @@ class Session:
     ) -> None:
         self.args, self.option, self.tokenizer = args, option, tokenizer
         self.adapter = bool(option["use_peft"] or option["adapter_name_or_path"])  # that is what is trained and saved
-        self.given = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
+        self.pairs_read = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
         resume = args.resume_from_checkpoint
         if isinstance(resume, str) and not (args.deepspeed or args.fsdp):
             # a broken checkpoint is named before the model loads
@@ -140,12 +147,12 @@ class Session:
         option = self.option
         model: dict[str, Any] = {"name_or_path": self._model_name(), "revision": option["model_revision"]}
         model["trained_as"] = "lora" if self.adapter else "full"
-        model |= {name: option[name] for name in ADDED if option[name]}
+        model |= {name: option[name] for name in MODEL_DETAILS if option[name]}
         if option["use_peft"]:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
             model |= {name: option[name] for name in names}
         data: dict[str, Any] = {"name": ", ".join(dataset_names(option)), "eval_name": option["eval_dataset_name"]}
-        data |= {name: option[name] for name in TAKEN if option[name] != DEFAULTS[name]}
-        data["pairs_read"] = self.given
+        data |= {name: option[name] for name in DATA_DETAILS if option[name] != DEFAULTS[name]}
+        data["pairs_read"] = self.pairs_read
         data["tokenized"] = {name: report.as_dict() for name, report in self.trainer.tokenize_reports.items()}
         return {"model": model, "data": data}

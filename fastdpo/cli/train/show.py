@@ -75,9 +75,9 @@ def result_text(state: Any, output_dir: str, pairs: int, saved: str, with_metric
     evals = [row for row in rows if "eval_loss" in row]
     run = next((record for record in reversed(state.log_history) if "train_runtime" in record), {})
     lines = [f"trained to step {state.global_step} on {pairs} pairs in {run.get('train_runtime', math.nan):.0f} s"]
-    for what, prefix, found in (("train", "", train), ("held out", "eval_", evals)):
-        if found:
-            first, last = found[0], found[-1]
+    for what, prefix, rows in (("train", "", train), ("held out", "eval_", evals)):
+        if rows:
+            first, last = rows[0], rows[-1]
             when = f"step {last['step']}" if first is last else f"step {first['step']} -> {last['step']}"
             changes = (_change(first, last, prefix + name, *form) for name, form in _CHANGES.items())
             lines.append(f"{what}, {when}: {', '.join(changes)}")
