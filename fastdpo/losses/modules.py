@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastdpo.losses import LossOptions, PairLogps, PreferenceOutput, ld_mask_weights, wpo_pair_weights
 from fastdpo.losses.preference import pair_losses
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_stats
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors
 from fastdpo.ops.sequence import segment_sum
+from fastdpo.ops.tensor_kinds import check_tensors
 
 
 class DPOLoss(nn.Module):

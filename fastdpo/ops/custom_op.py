@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdpo.ops.linear_logprob.tensor_kinds import is_abstract, transformed
 from fastdpo.ops.switches import choose_backend
+from fastdpo.ops.tensor_kinds import is_abstract, transformed
 
 Implementation = Callable[..., Sequence[Tensor]]
 Setup = Callable[[Any, Sequence[Any], Sequence[Tensor]], None]

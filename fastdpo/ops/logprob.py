@@ -16,11 +16,9 @@ from fastdpo.ops.custom_op import (
     inside,
     reads_are_free,
 )
-from fastdpo.ops.linear_logprob.arguments import DTYPES
-from fastdpo.ops.linear_logprob.forward import blocks
 from fastdpo.ops.linear_logprob.plan import workspace_bytes
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors, number
-from fastdpo.ops.linear_logprob.tiles import NEG, softplus
+from fastdpo.ops.numerics import NEG, blocks, softplus
+from fastdpo.ops.tensor_kinds import DTYPES, check_tensors, number
 
 
 def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> Tensor:

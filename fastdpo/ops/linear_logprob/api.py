@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastdpo.ops.linear_logprob.operator import STATS
 from fastdpo.ops.linear_logprob.plan import Plan
 from fastdpo.ops.linear_logprob.prepare import Call
+from fastdpo.ops.linear_logprob.settings import STATS
 
 
 class TokenStats(NamedTuple):

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.custom_op import reads_are_free
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastdpo.ops.tensor_kinds import DTYPES, check_tensors
 
 
 def check_arguments(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.gemm import mm_sum
-from fastdpo.ops.linear_logprob.tiles import Logits, RowState, TileOps, curve_of
+from fastdpo.ops.linear_logprob.tiles import Logits, RowState, TileOps
+from fastdpo.ops.linear_logprob.torch_tiles import curve_of
 
 
 class Directions:

@@ -18,7 +18,6 @@ A `TileOps` (tiles.py) is what touches a tile, in torch or in Triton. The loops,
 are shared, and here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,10 @@ from torch import Tensor
 
 from fastdpo.ops.gemm import mm_into, rounds_in_gemm, widen
 from fastdpo.ops.linear_logprob.directions import Directions
-from fastdpo.ops.linear_logprob.plan import MAX_ROWS, Needs, Plan, aligned
-from fastdpo.ops.linear_logprob.tiles import NEG, Logits, RowState, TileOps, softplus
+from fastdpo.ops.linear_logprob.operands import HeadOperands, TokenOperands
+from fastdpo.ops.linear_logprob.plan import Needs, Plan, aligned
+from fastdpo.ops.linear_logprob.tiles import Logits, RowState, TileOps
+from fastdpo.ops.numerics import NEG, blocks, softplus
 
 if TYPE_CHECKING:
     from fastdpo.ops.linear_logprob.fused_tiles import FusedRows
@@ -52,97 +53,10 @@ class Saved:
     anchor: Tensor | None = None  # (0,) frozen head: joins a gradient to the graph, whose second derivative refuses
 
 
-def blocks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-@dataclass(frozen=True)
-class Head:
-    """The arguments that are not the hidden states: weight (V, H), bias (V,), and the dtypes of the work.
-
-    `lora` (V, r) is B of a LoRA on the head; its product is made in `lora_compute`, which may be wider.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    compute: torch.dtype
-    acc: torch.dtype
-    lora: Tensor | None = None
-    lora_compute: torch.dtype = torch.float32
-
-    def space(self, columns: int, wide: bool = True) -> Tensor | None:
-        """Memory for `block`'s copy of the weight, where it makes one; not `wide`: in the compute dtype everywhere."""
-        device = self.weight.device
-        dtype = self.acc if wide and device.type != "cuda" else self.compute
-        if self.weight.dtype == self.compute == dtype:
-            return None
-        return torch.empty((columns, self.weight.shape[1]), dtype=dtype, device=device)
-
-    def block(self, columns: slice, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight (c, H) as an operand, and the bias (c,), of some columns of the logits."""
-        weight = self.weight[columns]
-        if space is not None:
-            weight = space[: len(weight)].copy_(weight if space.dtype == self.compute else weight.to(self.compute))
-        return weight, None if self.bias is None else self.bias[columns].to(self.acc).contiguous()
-
-    def lora_block(self, columns: slice, wide: bool = True) -> Tensor | None:
-        """The same columns (c, r) of the LoRA's B."""
-        return None if self.lora is None else _operand(self.lora[columns], self.lora_compute, self.acc, wide)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The scored tokens: hidden (R, H), labels (N,) int64, and rows (N,), each label's row of hidden, or None.
-
-    With `ignored`, negative labels are among them: they score 0, and nothing of their hidden states shows. `lora`
-    (R, r) is u = s A h of a LoRA on the head.
-    """
-
-    hidden: Tensor
-    labels: Tensor
-    rows: Tensor | None
-    ignored: bool = False
-    lora: Tensor | None = None
-
-    def operand(self, block: slice, head: Head, wide: bool = True) -> Tensor:
-        """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""
-        return _operand(self.rounded(self.hidden, block, head.compute), head.compute, head.acc, wide)
-
-    def lora_operand(self, block: slice, head: Head, wide: bool = True) -> Tensor | None:
-        """The same tokens' rows of the LoRA's u."""
-        if self.lora is None:
-            return None
-        return _operand(self.pick(self.lora, block), head.lora_compute, head.acc, wide)
-
-    def pick(self, x: Tensor, block: slice) -> Tensor:
-        """Some tokens' rows of `x` (R, k)."""
-        chosen = x[block] if self.rows is None else x.index_select(0, self.rows[block])
-        if self.ignored:
-            # a masked-out position may hold NaN, and 0 * NaN is none of ours
-            out = (self.labels[block] < 0)[:, None]
-            chosen = chosen.masked_fill(out, 0.0) if self.rows is None else chosen.masked_fill_(out, 0.0)
-        return chosen
-
-    def rounded(self, x: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-        """`pick` in another dtype: where rows are many, the copy in x's own dtype exists for some of them at a time."""
-        n = block.stop - block.start
-        if x.dtype == dtype or n <= MAX_ROWS:
-            return self.pick(x, block).to(dtype)
-        found = torch.empty((n, x.shape[1]), dtype=dtype, device=x.device)
-        for part in blocks(n, MAX_ROWS):
-            found[part] = self.pick(x, slice(block.start + part.start, block.start + part.stop))
-        return found
-
-
-def _operand(x: Tensor, compute: torch.dtype, acc: torch.dtype, wide: bool) -> Tensor:
-    return widen(x, compute, acc) if wide else x.to(compute)
-
-
 def forward(
     tiles: TileOps,
-    tokens: Tokens,
-    head: Head,
+    tokens: TokenOperands,
+    head: HeadOperands,
     how: Logits,
     plan: Plan,
     needs: Needs,
@@ -208,7 +122,7 @@ def forward(
 
 
 def products(
-    z: Tensor, operand: Tensor, weight: Tensor, lora: Tensor | None, lora_weight: Tensor | None, head: Head
+    z: Tensor, operand: Tensor, weight: Tensor, lora: Tensor | None, lora_weight: Tensor | None, head: HeadOperands
 ) -> None:
     """z (n, c) = operand @ weight^T, and the LoRA's product on top."""
     mm_into(z, operand, weight.t(), head.compute)
@@ -216,7 +130,9 @@ def products(
         mm_into(z, lora, lora_weight.t(), head.lora_compute, add=True)
 
 
-def _wanted_directions(n: int, head: Head, plan: Plan, needs: Needs) -> tuple[Directions | None, Directions | None]:
+def _wanted_directions(
+    n: int, head: HeadOperands, plan: Plan, needs: Needs
+) -> tuple[Directions | None, Directions | None]:
     """For the hidden states, and for a LoRA's."""
 
     def of(matrix: Tensor, dtype: torch.dtype) -> Directions:
@@ -228,7 +144,9 @@ def _wanted_directions(n: int, head: Head, plan: Plan, needs: Needs) -> tuple[Di
     )
 
 
-def _tile_space(tiles: TileOps, head: Head, how: Logits, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tile_space(
+    tiles: TileOps, head: HeadOperands, how: Logits, plan: Plan, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Memory for a tile of products and one of exponentials; both may be one."""
     rows = 0 if plan.fused else plan.rows  # the products stay in registers
     z_space = torch.empty((rows, plan.cols), dtype=head.acc, device=device)

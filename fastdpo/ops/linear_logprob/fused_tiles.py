@@ -11,7 +11,8 @@ from torch import Tensor
 from fastdpo.kernels import configs, fused_offsets
 from fastdpo.kernels.fused_dlogits import fused_dlogits
 from fastdpo.kernels.fused_fold import fused_fold
-from fastdpo.ops.linear_logprob.tiles import NEG, Logits, RowGradient, RowState
+from fastdpo.ops.linear_logprob.tiles import Logits, RowGradient, RowState
+from fastdpo.ops.numerics import NEG
 
 # nats by which an exponential may exceed its offset: e^60 fits bf16 and leaves fp32 sums room, e^8 fits fp16
 WINDOW = {torch.bfloat16: 60.0, torch.float16: 8.0}

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.gemm import mm_into, mm_rounded, rounds_in_gemm
-from fastdpo.ops.linear_logprob.forward import Head, Saved, Tokens, blocks, products
+from fastdpo.ops.linear_logprob.forward import Saved, products
+from fastdpo.ops.linear_logprob.operands import HeadOperands, TokenOperands
 from fastdpo.ops.linear_logprob.plan import Needs, Plan, aligned
-from fastdpo.ops.linear_logprob.tiles import NEG, Logits, RowGradient, TileOps, curve_of
+from fastdpo.ops.linear_logprob.tiles import Logits, RowGradient, TileOps
+from fastdpo.ops.linear_logprob.torch_tiles import curve_of
+from fastdpo.ops.numerics import NEG, blocks
 
 
 def backward_head(
     tiles: TileOps,
-    tokens: Tokens,
-    head: Head,
+    tokens: TokenOperands,
+    head: HeadOperands,
     how: Logits,
     plan: Plan,
     needs: Needs,
@@ -46,7 +49,7 @@ def backward_head(
 class _MatrixGradient:
     """The gradient (V, k) of a matrix whose product's other operand is x (R, k)."""
 
-    def __init__(self, matrix: Tensor, x: Tensor, tokens: Tokens, head: Head, plan: Plan) -> None:
+    def __init__(self, matrix: Tensor, x: Tensor, tokens: TokenOperands, head: HeadOperands, plan: Plan) -> None:
         n, device = len(tokens.labels), x.device
         self.out, self.x, self.tokens, self.head = torch.empty_like(matrix), x, tokens, head
         self.whole = n <= plan.back_rows
@@ -83,8 +86,8 @@ def _by_tiles(
     tiles: TileOps,
     matrices: list[_MatrixGradient],
     db: Tensor | None,
-    tokens: Tokens,
-    head: Head,
+    tokens: TokenOperands,
+    head: HeadOperands,
     how: Logits,
     plan: Plan,
     saved: Saved,
@@ -169,7 +172,7 @@ def _kept_products(
     labels: Tensor,
     how: Logits,
     plan: Plan,
-    head: Head,
+    head: HeadOperands,
     saved: Saved,
     row: RowGradient,
 ) -> None:

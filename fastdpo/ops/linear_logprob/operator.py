@@ -6,114 +6,19 @@ alone, so forward, backward and the fake tensors of `torch.compile` find the sam
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.custom_op import Implementation, differentiable_op, gradient_op, inside
-from fastdpo.ops.gemm import adds_in_gemm
 from fastdpo.ops.linear_logprob import forward, head_gradient
-from fastdpo.ops.linear_logprob.plan import Needs, Plan, Shape, make_plan, route
-from fastdpo.ops.linear_logprob.tiles import Logits, TileOps, TorchTiles
+from fastdpo.ops.linear_logprob.operands import HeadOperands, TokenOperands
+from fastdpo.ops.linear_logprob.plan import Plan, route
+from fastdpo.ops.linear_logprob.settings import SETTINGS, Settings, plan_of, result_names, shape_of
+from fastdpo.ops.numerics import blocks
 
 logger = logging.getLogger("fastdpo")
-STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
-
-
-class Settings(NamedTuple):
-    """Everything about a call that is no tensor, as values that a custom operator takes."""
-
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    stats: str  # names, joined by commas
-    needs: list[bool]  # the fields of `Needs`: inside a custom operator no tensor requires a gradient
-    unique_rows: bool
-    ignored: bool  # negative labels are among the labels: they score 0
-    compute: torch.dtype  # in which the operands enter the products
-    lora_compute: torch.dtype  # the same of a LoRA's
-    backend: str
-    fused: int  # columns of the fused kernel's partial results; 0 where product and fold are apart
-    workspace: int  # budgets, bytes
-    keep: int
-
-    @property
-    def how(self) -> Logits:
-        names = frozenset(self.stats.split(",")) if self.stats else frozenset()
-        return Logits(self.temperature, self.logit_scale, self.softcap, names)
-
-    @property
-    def wanted(self) -> Needs:
-        return Needs(*self.needs)
-
-    @property
-    def acc(self) -> torch.dtype:
-        return torch.promote_types(self.compute, torch.float32)
-
-    def tiles(self) -> TileOps:
-        if self.backend == "triton":
-            from fastdpo.ops.linear_logprob.triton_tiles import TritonTiles
-
-            return TritonTiles()
-        return TorchTiles()
-
-
-def result_names(settings: Settings) -> list[str]:
-    """Of the first outputs, which the caller gets; what is saved follows."""
-    # a function: the compiler of torch 2.8 knows a named tuple's fields, not its properties
-    return ["logprob", *(settings.stats.split(",") if settings.stats else ())]
-
-
-SETTINGS = (  # the same, as a custom operator's schema says it
-    "float temperature, float logit_scale, float? softcap, str stats, bool[] needs, bool unique_rows, bool ignored, "
-    "ScalarType compute, ScalarType lora_compute, str backend, SymInt fused, SymInt workspace, SymInt keep"
-)
-
-
-def shape_of(
-    settings: Settings,
-    device: torch.device,
-    n: int,
-    sizes: Sequence[int],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    gathered: bool,
-    flattened: bool = False,
-) -> Shape:
-    """What a plan is made from: n labels, sizes R, H, V, r of hidden (R, H), weight (V, H) and a LoRA, and dtypes.
-
-    `gathered` and `flattened`: see `fastdpo.ops.linear_logprob.plan.Shape`.
-    """
-    source_rows, h, v, rank = sizes
-    stats = settings.how.stats
-    return Shape(
-        n=n,
-        h=h,
-        v=v,
-        source_rows=source_rows,
-        gathered=gathered,
-        flattened=flattened,
-        compute=settings.compute.itemsize,
-        acc=settings.acc.itemsize,
-        hidden=dtypes[0].itemsize,
-        weight=dtypes[1].itemsize,
-        widened=device.type != "cuda" and settings.fused == 0,
-        extra_tiles=("entropy" in stats) + bool(settings.softcap),
-        curved=bool(settings.softcap),
-        fused=settings.fused > 0,
-        block_cols=settings.fused,
-        rank=rank,
-        spare=device.type == "cuda" and settings.compute != settings.acc and not adds_in_gemm(),
-        partials=2 + len(stats & {"entropy", "log_sum_sq_probs", "mean_logit"}),
-    )
-
-
-def plan_of(settings: Settings, shape: Shape) -> Plan:
-    return _plan(shape, settings.wanted, settings.workspace, settings.keep)
-
-
-_plan = lru_cache(maxsize=256)(make_plan)
 
 
 def _outputs(
@@ -156,8 +61,8 @@ def _forward(
     shape = shape_of(settings, hidden.device, len(labels), sizes, (hidden.dtype, weight.dtype), rows is not None)
     plan = plan_of(settings, shape)
     logger.debug("linear_logprob: %s backend, %s", settings.backend, plan)
-    head = forward.Head(weight, bias, settings.compute, settings.acc, lora_weight, settings.lora_compute)
-    tokens = forward.Tokens(hidden, labels, rows, settings.ignored, lora_hidden)
+    head = HeadOperands(weight, bias, settings.compute, settings.acc, lora_weight, settings.lora_compute)
+    tokens = TokenOperands(hidden, labels, rows, settings.ignored, lora_hidden)
     with inside(hidden.device):
         found, saved = forward.forward(settings.tiles(), tokens, head, settings.how, plan, settings.wanted)
         if settings.ignored:
@@ -270,8 +175,8 @@ def _gradients(
             assert hidden is not None
             assert weight is not None
             assert labels is not None
-            head = forward.Head(weight, bias, settings.compute, settings.acc, lora_weight, settings.lora_compute)
-            tokens = forward.Tokens(hidden, labels, rows, settings.ignored, lora_hidden)
+            head = HeadOperands(weight, bias, settings.compute, settings.acc, lora_weight, settings.lora_compute)
+            tokens = TokenOperands(hidden, labels, rows, settings.ignored, lora_hidden)
             d_weight, d_bias, d_lora_weight = head_gradient.backward_head(
                 settings.tiles(), tokens, head, settings.how, plan, needs, saved, up, up_entropy
             )
@@ -317,7 +222,7 @@ def _scaled(
 ) -> Tensor:
     """(N, k) in `dtype`: direction * q * upstream, a block of rows at a time (no fp32 copy of it all)."""
     out = torch.empty_like(direction, dtype=dtype)
-    for block in forward.blocks(len(out), plan.rows):
+    for block in blocks(len(out), plan.rows):
         part = direction[block] * (q[block] * up[block])[:, None]
         if up_entropy is not None and entropy_direction is not None:
             part.addcmul_(entropy_direction[block].to(part.dtype), (q[block] * up_entropy[block])[:, None])

@@ -10,10 +10,11 @@ from torch import Tensor
 from fastdpo.ops import reference
 from fastdpo.ops.custom_op import constant_in_graphs, reads_are_free, without_autocast
 from fastdpo.ops.linear_logprob.arguments import check_arguments, check_lora
-from fastdpo.ops.linear_logprob.operator import STATS, Settings, plan_of, result_names, run, shape_of
+from fastdpo.ops.linear_logprob.operator import run
 from fastdpo.ops.linear_logprob.plan import Needs, Plan, keep_bytes, workspace_bytes
-from fastdpo.ops.linear_logprob.tensor_kinds import number
+from fastdpo.ops.linear_logprob.settings import STATS, Settings, plan_of, result_names, shape_of
 from fastdpo.ops.switches import block_cols, choose_backend, fuses
+from fastdpo.ops.tensor_kinds import number
 
 
 @dataclass(frozen=True)

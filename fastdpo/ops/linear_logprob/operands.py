@@ -1,0 +1,92 @@
+"""Hidden states and head as operands of a product, a block at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.gemm import widen
+from fastdpo.ops.linear_logprob.plan import MAX_ROWS
+from fastdpo.ops.numerics import blocks
+
+
+@dataclass(frozen=True)
+class HeadOperands:
+    """What hidden states are multiplied by: weight (V, H), bias (V,), and the dtypes of the work.
+
+    `lora` (V, r) is B of a LoRA on the head; its product is made in `lora_compute`, which may be wider.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    compute: torch.dtype
+    acc: torch.dtype
+    lora: Tensor | None = None
+    lora_compute: torch.dtype = torch.float32
+
+    def space(self, columns: int, wide: bool = True) -> Tensor | None:
+        """Memory for `block`'s copy of the weight, where it makes one; not `wide`: in the compute dtype everywhere."""
+        device = self.weight.device
+        dtype = self.acc if wide and device.type != "cuda" else self.compute
+        if self.weight.dtype == self.compute == dtype:
+            return None
+        return torch.empty((columns, self.weight.shape[1]), dtype=dtype, device=device)
+
+    def block(self, columns: slice, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (c, H) as an operand, and the bias (c,), of some columns of the logits."""
+        weight = self.weight[columns]
+        if space is not None:
+            weight = space[: len(weight)].copy_(weight if space.dtype == self.compute else weight.to(self.compute))
+        return weight, None if self.bias is None else self.bias[columns].to(self.acc).contiguous()
+
+    def lora_block(self, columns: slice, wide: bool = True) -> Tensor | None:
+        """The same columns (c, r) of the LoRA's B."""
+        return None if self.lora is None else _operand(self.lora[columns], self.lora_compute, self.acc, wide)
+
+
+@dataclass(frozen=True)
+class TokenOperands:
+    """The scored tokens: hidden (R, H), labels (N,) int64, and rows (N,), each label's row of hidden, or None.
+
+    With `ignored`, negative labels are among them: they score 0, and nothing of their hidden states shows. `lora`
+    (R, r) is u = s A h of a LoRA on the head.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    rows: Tensor | None
+    ignored: bool = False
+    lora: Tensor | None = None
+
+    def operand(self, block: slice, head: HeadOperands, wide: bool = True) -> Tensor:
+        """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""
+        return _operand(self.rounded(self.hidden, block, head.compute), head.compute, head.acc, wide)
+
+    def lora_operand(self, block: slice, head: HeadOperands, wide: bool = True) -> Tensor | None:
+        """The same tokens' rows of the LoRA's u."""
+        if self.lora is None:
+            return None
+        return _operand(self.pick(self.lora, block), head.lora_compute, head.acc, wide)
+
+    def pick(self, x: Tensor, block: slice) -> Tensor:
+        """Some tokens' rows of `x` (R, k)."""
+        chosen = x[block] if self.rows is None else x.index_select(0, self.rows[block])
+        if self.ignored:
+            # a masked-out position may hold NaN, and 0 * NaN is none of ours
+            out = (self.labels[block] < 0)[:, None]
+            chosen = chosen.masked_fill(out, 0.0) if self.rows is None else chosen.masked_fill_(out, 0.0)
+        return chosen
+
+    def rounded(self, x: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
+        """`pick` in another dtype: where rows are many, the copy in x's own dtype exists for some of them at a time."""
+        n = block.stop - block.start
+        if x.dtype == dtype or n <= MAX_ROWS:
+            return self.pick(x, block).to(dtype)
+        picked = torch.empty((n, x.shape[1]), dtype=dtype, device=x.device)
+        for part in blocks(n, MAX_ROWS):
+            picked[part] = self.pick(x, slice(block.start + part.start, block.start + part.stop))
+        return picked
+
+
+def _operand(x: Tensor, compute: torch.dtype, acc: torch.dtype, wide: bool) -> Tensor:
+    return widen(x, compute, acc) if wide else x.to(compute)
