@@ -16,8 +16,8 @@ from fastdpo.ops.custom_op import (
     inside,
     reads_are_free,
 )
-from fastdpo.ops.linear_logprob.plan import workspace_bytes
 from fastdpo.ops.numerics import NEG, blocks, softplus
+from fastdpo.ops.switches import workspace_bytes
 from fastdpo.ops.tensor_kinds import DTYPES, check_tensors, number
 
 

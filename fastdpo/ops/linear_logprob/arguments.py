@@ -1,12 +1,12 @@
 """Checks of the op's arguments at the door: one sentence with what came, what was wanted and the fix."""
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.custom_op import reads_are_free
+from fastdpo.ops.switches import checks_wait
 from fastdpo.ops.tensor_kinds import DTYPES, check_tensors
 
 
@@ -125,8 +125,8 @@ def _check_ranges(
     what: str, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
 ) -> None:
     # reading values of a CUDA tensor waits for the device: only on request
-    asked_for = os.environ.get("FASTDPO_CHECK") == "1" and not torch.compiler.is_compiling()
-    if not (asked_for or reads_are_free(labels)) or labels.numel() == 0:
+    on_request = checks_wait() and not torch.compiler.is_compiling()
+    if not (on_request or reads_are_free(labels)) or labels.numel() == 0:
         return
     bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
     if bool(bad.any()):

@@ -13,10 +13,10 @@ depends on shapes, dtypes and the budget only, never on the path: the reference 
 same order as the policy's, so equal inputs give equal bits.
 """
 
-import os
 from dataclasses import dataclass, replace
 
-MIB = 1 << 20
+from fastdpo.ops.switches import MIB
+
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
 MAX_COLS_CPU = 4096  # narrower tiles pay a fixed cost per product in oneDNN, wider ones leave the cache
@@ -24,27 +24,6 @@ MAX_COLS_FUSED = 32768  # no fp32 tile: what is stored is the exponentials alone
 MIN_COLS_ONCE = 512  # a product with fewer columns of dW at a time is not worth making it over all rows
 COL_QUANTUM = 128
 ONEDNN_SCRATCH = 128 << 10  # what a bf16 product allocates beyond the copies of its operands
-
-
-def workspace_bytes() -> int:
-    """The workspace budget: FASTDPO_WORKSPACE_MB (default 64) in bytes."""
-    return _megabytes("FASTDPO_WORKSPACE_MB", 64)
-
-
-def keep_bytes() -> int:
-    """The budget for a kept exp tile: FASTDPO_KEEP_MB (default 1024) in bytes; 0 never keeps."""
-    return _megabytes("FASTDPO_KEEP_MB", 1024)
-
-
-def _megabytes(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        value = int(text) if text else default
-    except ValueError:
-        value = -1
-    if value < 0 or (value == 0 and name == "FASTDPO_WORKSPACE_MB"):
-        raise ValueError(f"{name} must be a whole number of MiB, got {text!r}; unset it for {default}.")
-    return value * MIB
 
 
 @dataclass(frozen=True)
@@ -135,15 +114,13 @@ class Plan:
         )
 
 
-def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: int | None = None) -> Plan:
+def make_plan(shape: Shape, needs: Needs, workspace: int, keep: int) -> Plan:
     """Chooses path and tile for a call and predicts its peak bytes and FLOPs.
 
     Args:
         shape, needs: sizes, and which gradients are wanted.
-        workspace, keep: budgets in bytes; by default those of the environment.
+        workspace, keep: budgets in bytes, of a tile's work and of kept exponentials.
     """
-    workspace = workspace_bytes() if workspace is None else workspace
-    keep = keep_bytes() if keep is None else keep
     path, rows, cols = route(shape, needs, workspace, keep)
     kept_size = _kept_bytes(shape, cols)
     back_rows, back_cols = rows, cols

@@ -11,9 +11,9 @@ from fastdpo.ops import reference
 from fastdpo.ops.custom_op import constant_in_graphs, reads_are_free, without_autocast
 from fastdpo.ops.linear_logprob.arguments import check_arguments, check_lora
 from fastdpo.ops.linear_logprob.operator import run
-from fastdpo.ops.linear_logprob.plan import Needs, Plan, keep_bytes, workspace_bytes
+from fastdpo.ops.linear_logprob.plan import Needs, Plan
 from fastdpo.ops.linear_logprob.settings import STATS, Settings, plan_of, result_names, shape_of
-from fastdpo.ops.switches import block_cols, choose_backend, fuses
+from fastdpo.ops.switches import block_cols, choose_backend, fuses, keep_bytes, workspace_bytes
 from fastdpo.ops.tensor_kinds import number
 
 
