@@ -155,14 +155,11 @@ def _row_blocks(logits: Tensor, acc: torch.dtype) -> list[slice]:
 
 _gradients_op = gradient_op(
     "logprob",
-    "(Tensor up, Tensor logits, Tensor labels, Tensor base, Tensor q, Tensor rest, float inv_t, bool triton)"
-    " -> Tensor[]",
     _gradients,
     _fake_gradients,
 )
 _run = differentiable_op(
     "logprob",
-    "(Tensor logits, Tensor labels, float inv_t, bool triton) -> Tensor[]",
     _forward,
     _fake_forward,
     _setup_context,

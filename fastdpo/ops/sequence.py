@@ -134,6 +134,4 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None], _: Any) -> tuple[Any,
     return torch.repeat_interleave(up, offsets.diff(), output_size=ctx.length), None
 
 
-_run = differentiable_op(
-    "segment_sum", "(Tensor values, Tensor offsets) -> Tensor[]", _forward, _fake_forward, _setup_context, _backward
-)
+_run = differentiable_op("segment_sum", _forward, _fake_forward, _setup_context, _backward)

@@ -1,13 +1,37 @@
-"""Hidden states and head as operands of a product, a block at a time."""
+"""The tensors of a call, and hidden states and head as operands of a product, a block at a time."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.gemm import widen
 from fastdpo.ops.linear_logprob.plan import MAX_ROWS
+from fastdpo.ops.linear_logprob.settings import Settings
 from fastdpo.ops.numerics import blocks
+
+
+class Operands(NamedTuple):
+    """The tensors of a call: R hidden states, N labels, a LoRA of rank r on the head."""
+
+    hidden: Tensor  # (R, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora_hidden: Tensor | None  # (R, r) u = s A h
+    lora_weight: Tensor | None  # (V, r) B
+    labels: Tensor  # (N,) int64; negative ones are ignored
+    rows: Tensor | None  # (N,) int64: each label's row of hidden; None where they line up
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """R, H, V, r."""
+        rank = 0 if self.lora_weight is None else self.lora_weight.shape[1]
+        return self.hidden.shape[0], self.hidden.shape[1], self.weight.shape[0], rank
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return self.hidden.dtype, self.weight.dtype
 
 
 @dataclass(frozen=True)
@@ -23,6 +47,11 @@ class HeadOperands:
     acc: torch.dtype
     lora: Tensor | None = None
     lora_compute: torch.dtype = torch.float32
+
+    @staticmethod
+    def of(operands: Operands, settings: Settings) -> "HeadOperands":
+        dtypes = settings.compute, settings.acc
+        return HeadOperands(operands.weight, operands.bias, *dtypes, operands.lora_weight, settings.lora_compute)
 
     def space(self, columns: int, wide: bool = True) -> Tensor | None:
         """Memory for `block`'s copy of the weight, where it makes one; not `wide`: in the compute dtype everywhere."""
@@ -57,6 +86,11 @@ class TokenOperands:
     rows: Tensor | None
     ignored: bool = False
     lora: Tensor | None = None
+
+    @staticmethod
+    def of(operands: Operands, settings: Settings) -> "TokenOperands":
+        lora = operands.lora_hidden
+        return TokenOperands(operands.hidden, operands.labels, operands.rows, settings.ignored, lora)
 
     def operand(self, block: slice, head: HeadOperands, wide: bool = True) -> Tensor:
         """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""

@@ -33,9 +33,14 @@ class Needs:
     hidden: bool = False
     weight: bool = False
     bias: bool = False
-    entropy: bool = False  # the entropy's own gradient, in addition to the log-prob's
     lora_hidden: bool = False
     lora_weight: bool = False
+    entropy: bool = False  # the entropy's own gradient, in addition to the log-prob's
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the operands that need a gradient, in the order of `Operands`."""
+        return [name for name, need in vars(self).items() if need and name != "entropy"]
 
     @property
     def head(self) -> bool:

@@ -65,7 +65,7 @@ class Call:
         grad = torch.is_grad_enabled()
         wanted = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, *(lora or (None, None)))]
         entropy = any(wanted) and entropy_grad and "entropy" in stats
-        needs = [*wanted[:3], entropy, *wanted[3:]]  # the fields of `Needs`
+        needs = [*wanted, entropy]  # the fields of `Needs`
         # index(): a graph whose sizes are symbols is made for one H
         kind = (index(hidden.shape[-1]), entropy, softcap is not None, lora_compute)
         backend, fused, workspace, keep = _environment(hidden.device, compute, *kind)

@@ -41,7 +41,7 @@ class Settings(NamedTuple):
         return Logits(self.temperature, self.logit_scale, self.softcap, names)
 
     @property
-    def wanted(self) -> Needs:
+    def needed(self) -> Needs:
         return Needs(*self.needs)
 
     @property
@@ -60,12 +60,6 @@ def result_names(settings: Settings) -> list[str]:
     """Of the first outputs, which the caller gets; what is saved follows."""
     # a function: the compiler of torch 2.8 knows a named tuple's fields, not its properties
     return ["logprob", *(settings.stats.split(",") if settings.stats else ())]
-
-
-SETTINGS = (  # the same, as a custom operator's schema says it
-    "float temperature, float logit_scale, float? softcap, str stats, bool[] needs, bool unique_rows, bool ignored, "
-    "ScalarType compute, ScalarType lora_compute, str backend, SymInt fused, SymInt workspace, SymInt keep"
-)
 
 
 def shape_of(
@@ -106,7 +100,7 @@ def shape_of(
 
 
 def plan_of(settings: Settings, shape: Shape) -> Plan:
-    return _plan(shape, settings.wanted, settings.workspace, settings.keep)
+    return _plan(shape, settings.needed, settings.workspace, settings.keep)
 
 
 _plan = lru_cache(maxsize=256)(make_plan)
