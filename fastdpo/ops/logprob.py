@@ -65,8 +65,8 @@ def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_
         return reference.logprob(logits, labels, temperature=temperature, ignore_index=ignore_index)
     flat = logits.reshape(-1, v)
     picked = labels.where(scored, -1).reshape(-1)
-    found, *_ = _run(flat, picked, 1.0 / temperature, backend == "triton")
-    return found.view(labels.shape)
+    logps, *_ = _run(flat, picked, 1.0 / temperature, backend == "triton")
+    return logps.view(labels.shape)
 
 
 def _forward(logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> list[Tensor]:

@@ -11,7 +11,7 @@ from fastdpo.ops.logprob import logprob
 from fastdpo.ops.records import from_fields, takes_fields
 from fastdpo.ops.sequence import segment_sum
 
-TENSORS = "Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight"
+TENSORS = "Tensor? bias, Tensor? lora_u, Tensor? lora_b"
 SETTINGS = (
     "float temperature, float logit_scale, float? softcap, str stats, bool[] needs, bool unique_rows, bool ignored, "
     "ScalarType compute, ScalarType lora_compute, str backend, SymInt fused, SymInt workspace, SymInt keep"

@@ -1,4 +1,4 @@
-"""Checks of the op's arguments at the door: one sentence with what came, what was wanted and the fix."""
+"""Checks of the op's arguments: one sentence with what came, what is needed and the fix."""
 
 import math
 
@@ -90,8 +90,8 @@ def check_lora(hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor], comp
     u, b = lora
     check_tensors(what, **{"s * A h": u, "B": b})
     if b.dim() != 2 or u.dim() < 1 or u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
-        wanted = f"({', '.join(str(size) for size in (*hidden.shape[:-1], 'r'))}) and ({len(weight)}, r)"
-        raise ValueError(f"{what} must be of shapes {wanted}, got {tuple(u.shape)} and {tuple(b.shape)}.")
+        shapes = f"({', '.join(str(size) for size in (*hidden.shape[:-1], 'r'))}) and ({len(weight)}, r)"
+        raise ValueError(f"{what} must be of shapes {shapes}, got {tuple(u.shape)} and {tuple(b.shape)}.")
     if b.shape[1] == 0:
         raise ValueError(f"{what} has rank 0; leave it out.")
     for name, tensor in (("s * A h", u), ("B", b)):

@@ -18,15 +18,15 @@ class Operands(NamedTuple):
     hidden: Tensor  # (R, H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    lora_hidden: Tensor | None  # (R, r) u = s A h
-    lora_weight: Tensor | None  # (V, r) B
+    lora_u: Tensor | None  # (R, r) u = s A h
+    lora_b: Tensor | None  # (V, r) B
     labels: Tensor  # (N,) int64; negative ones are ignored
     rows: Tensor | None  # (N,) int64: each label's row of hidden; None where they line up
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """R, H, V, r."""
-        rank = 0 if self.lora_weight is None else self.lora_weight.shape[1]
+        rank = 0 if self.lora_b is None else self.lora_b.shape[1]
         return self.hidden.shape[0], self.hidden.shape[1], self.weight.shape[0], rank
 
     @property
@@ -38,20 +38,20 @@ class Operands(NamedTuple):
 class HeadOperands:
     """What hidden states are multiplied by: weight (V, H), bias (V,), and the dtypes of the work.
 
-    `lora` (V, r) is B of a LoRA on the head; its product is made in `lora_compute`, which may be wider.
+    `lora_b` (V, r) is B of a LoRA on the head; its product is made in `lora_compute`, which may be wider.
     """
 
     weight: Tensor
     bias: Tensor | None
     compute: torch.dtype
     acc: torch.dtype
-    lora: Tensor | None = None
+    lora_b: Tensor | None = None
     lora_compute: torch.dtype = torch.float32
 
     @staticmethod
     def of(operands: Operands, settings: Settings) -> "HeadOperands":
         dtypes = settings.compute, settings.acc
-        return HeadOperands(operands.weight, operands.bias, *dtypes, operands.lora_weight, settings.lora_compute)
+        return HeadOperands(operands.weight, operands.bias, *dtypes, operands.lora_b, settings.lora_compute)
 
     def space(self, columns: int, wide: bool = True) -> Tensor | None:
         """Memory for `block`'s copy of the weight, where it makes one; not `wide`: in the compute dtype everywhere."""
@@ -70,14 +70,14 @@ class HeadOperands:
 
     def lora_block(self, columns: slice, wide: bool = True) -> Tensor | None:
         """The same columns (c, r) of the LoRA's B."""
-        return None if self.lora is None else _operand(self.lora[columns], self.lora_compute, self.acc, wide)
+        return None if self.lora_b is None else _operand(self.lora_b[columns], self.lora_compute, self.acc, wide)
 
 
 @dataclass(frozen=True)
 class TokenOperands:
     """The scored tokens: hidden (R, H), labels (N,) int64, and rows (N,), each label's row of hidden, or None.
 
-    With `ignored`, negative labels are among them: they score 0, and nothing of their hidden states shows. `lora`
+    With `ignored`, negative labels are among them: they score 0, and nothing of their hidden states shows. `lora_u`
     (R, r) is u = s A h of a LoRA on the head.
     """
 
@@ -85,12 +85,11 @@ class TokenOperands:
     labels: Tensor
     rows: Tensor | None
     ignored: bool = False
-    lora: Tensor | None = None
+    lora_u: Tensor | None = None
 
     @staticmethod
     def of(operands: Operands, settings: Settings) -> "TokenOperands":
-        lora = operands.lora_hidden
-        return TokenOperands(operands.hidden, operands.labels, operands.rows, settings.ignored, lora)
+        return TokenOperands(operands.hidden, operands.labels, operands.rows, settings.ignored, operands.lora_u)
 
     def operand(self, block: slice, head: HeadOperands, wide: bool = True) -> Tensor:
         """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""
@@ -98,9 +97,9 @@ class TokenOperands:
 
     def lora_operand(self, block: slice, head: HeadOperands, wide: bool = True) -> Tensor | None:
         """The same tokens' rows of the LoRA's u."""
-        if self.lora is None:
+        if self.lora_u is None:
             return None
-        return _operand(self.pick(self.lora, block), head.lora_compute, head.acc, wide)
+        return _operand(self.pick(self.lora_u, block), head.lora_compute, head.acc, wide)
 
     def pick(self, x: Tensor, block: slice) -> Tensor:
         """Some tokens' rows of `x` (R, k)."""

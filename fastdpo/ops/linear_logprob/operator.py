@@ -30,8 +30,8 @@ class GradientArguments(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    lora_hidden: Tensor | None
-    lora_weight: Tensor | None
+    lora_u: Tensor | None
+    lora_b: Tensor | None
     labels: Tensor | None
     rows: Tensor | None
     entropy: Tensor | None  # (N,)
@@ -47,7 +47,7 @@ class GradientArguments(NamedTuple):
         assert self.hidden is not None
         assert self.weight is not None
         assert self.labels is not None
-        lora = self.lora_hidden, self.lora_weight
+        lora = self.lora_u, self.lora_b
         return Operands(self.hidden, self.weight, self.bias, *lora, self.labels, self.rows)
 
 
@@ -57,12 +57,12 @@ def _outputs(
     """(shape, dtype) of each of forward's outputs, by name and in order: results, then what is saved for backward."""
     needs, acc, compute = settings.needed, settings.acc, settings.compute
     names = result_names(settings)
-    if needs.hidden or needs.lora_hidden or needs.head:
+    if needs.hidden or needs.lora_u or needs.head:
         names += ["q", *("direction", "entropy_direction")[: needs.directions]]
         names += ("lora_direction", "lora_entropy_direction")[: needs.lora_directions]
     if needs.head:
         names += ["m", "s", *(["zy"] if settings.softcap else [])]
-    elif needs.hidden or needs.lora_hidden:
+    elif needs.hidden or needs.lora_u:
         names += ["anchor"]
     outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(names, ((n,), acc))
     others = {"is_top1": ((n,), torch.bool), "anchor": ((0,), acc)}
@@ -83,7 +83,7 @@ def _forward(operands: Operands, settings: Settings) -> list[Tensor]:
     logger.debug("linear_logprob: %s backend, %s", settings.backend, plan)
     head, tokens = HeadOperands.of(operands, settings), TokenOperands.of(operands, settings)
     with inside(device):
-        results, saved = forward.forward(settings.tiles(), tokens, head, settings.how, plan, settings.needed)
+        results, saved = forward.forward(settings.tiles(), tokens, head, settings.spec, plan, settings.needed)
         if settings.ignored:
             saved.q = saved.q.where(operands.labels >= 0, 0.0)
     saved.anchor = saved.q.new_empty(0)
@@ -109,14 +109,14 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
     needs, results = settings.needed, result_names(settings)
     ctx.set_materialize_grads(False)
     entropy = output[results.index("entropy")] if needs.entropy else None
-    frozen = not needs.head and (needs.hidden or needs.lora_hidden)
+    frozen = not needs.head and (needs.hidden or needs.lora_u)
     anchor = output[-1] if frozen else None
     ctx.mark_non_differentiable(*(x for x in output[1:] if x is not entropy and x is not anchor))
     # rows are saved in any case: autograd then notices a change in place
     *others, rows = operands
     tensors = others if needs.head else [None] * len(others)
     ctx.save_for_backward(*tensors, rows, entropy if needs.head else None, *output[len(results) :])
-    lora_dtype = operands.hidden.dtype if operands.lora_hidden is None else operands.lora_hidden.dtype
+    lora_dtype = operands.hidden.dtype if operands.lora_u is None else operands.lora_u.dtype
     ctx.settings, ctx.sizes, ctx.dtypes = settings, operands.sizes, (*operands.dtypes, lora_dtype)
 
 
@@ -135,13 +135,13 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None], compute: Implementati
 
 @takes_fields(GradientArguments, Settings)
 def _gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]:
-    """d hidden (R, H), weight (V, H), bias (V,), LoRA (R, r) and (V, r), those that are wanted."""
+    """d hidden (R, H), weight (V, H), bias (V,), LoRA (R, r) and (V, r), those that are needed."""
     needs, stored, sizes, rows = settings.needed, arguments.stored, arguments.sizes, arguments.rows
     q, dtypes = stored[0], (arguments.hidden_dtype, arguments.weight_dtype)
     shape = shape_of(settings, q.device, len(q), sizes, dtypes, rows is not None)
     plan = plan_of(settings, shape)
     names = [*_outputs(settings, plan.path, plan.cols, len(q), *sizes[1:])][len(result_names(settings)) :]
-    saved = forward.Saved(**dict(zip(names, stored, strict=True)), entropy=arguments.entropy)
+    saved = forward.SavedForBackward(**dict(zip(names, stored, strict=True)), entropy=arguments.entropy)
     with inside(q.device):
         up = torch.zeros_like(q) if arguments.up is None else arguments.up.to(q.dtype)
         up_entropy = arguments.up_entropy
@@ -157,21 +157,21 @@ def _gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]
             return forward.scatter_rows(by_token, rows, sizes[0], settings.unique_rows)
 
         d_hidden = scaled(saved.direction, saved.entropy_direction, arguments.hidden_dtype)
-        d_lora = scaled(saved.lora_direction, saved.lora_entropy_direction, arguments.lora_dtype)
-        d_weight = d_bias = d_lora_weight = None
+        d_lora_u = scaled(saved.lora_direction, saved.lora_entropy_direction, arguments.lora_dtype)
+        d_weight = d_bias = d_lora_b = None
         if needs.head:
             head = HeadOperands.of(arguments.operands, settings)
             tokens = TokenOperands.of(arguments.operands, settings)
-            d_weight, d_bias, d_lora_weight = head_gradient.backward_head(
-                settings.tiles(), tokens, head, settings.how, plan, needs, saved, up, up_entropy
+            d_weight, d_bias, d_lora_b = head_gradient.backward_head(
+                settings.tiles(), tokens, head, settings.spec, plan, needs, saved, up, up_entropy
             )
-    return [x for x in (d_hidden, d_weight, d_bias, d_lora, d_lora_weight) if x is not None]
+    return [x for x in (d_hidden, d_weight, d_bias, d_lora_u, d_lora_b) if x is not None]
 
 
 @takes_fields(GradientArguments, Settings)
 def _fake_gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]:
     q, (source_rows, h, _, rank) = arguments.stored[0], arguments.sizes
-    of_rows = {"hidden": (h, arguments.hidden_dtype), "lora_hidden": (rank, arguments.lora_dtype)}
+    of_rows = {"hidden": (h, arguments.hidden_dtype), "lora_u": (rank, arguments.lora_dtype)}
     gradients = []
     for name in settings.needed.operands:
         if name in of_rows:

@@ -3,12 +3,12 @@
 Letters: N scored tokens, H hidden size, V vocabulary. The path follows from what needs a gradient (FLOPs in
 units of NHV; one GEMM is 2):
 
-    stats      no gradient wanted                       forward 2
+    stats      no gradient needed                       forward 2
     one_pass   hidden needs one, the head is frozen     forward 4, backward 0 (a row scale)
     kept       the head is trained, exp tile is kept    forward 4, backward 2
     recompute  the head is trained, it is not kept      forward 4, backward 4
 
-(forward 2 instead of 4 where hidden needs no gradient; + 2 where the entropy's gradient is wanted.) The tile
+(forward 2 instead of 4 where hidden needs no gradient; + 2 where the entropy's gradient is needed.) The tile
 depends on shapes, dtypes and the budget only, never on the path: the reference pass folds the same tiles in the
 same order as the policy's, so equal inputs give equal bits.
 """
@@ -33,8 +33,8 @@ class Needs:
     hidden: bool = False
     weight: bool = False
     bias: bool = False
-    lora_hidden: bool = False
-    lora_weight: bool = False
+    lora_u: bool = False
+    lora_b: bool = False
     entropy: bool = False  # the entropy's own gradient, in addition to the log-prob's
 
     @property
@@ -44,7 +44,7 @@ class Needs:
 
     @property
     def head(self) -> bool:
-        return self.weight or self.bias or self.lora_weight
+        return self.weight or self.bias or self.lora_b
 
     @property
     def directions(self) -> int:
@@ -53,7 +53,7 @@ class Needs:
 
     @property
     def lora_directions(self) -> int:
-        return (1 + self.entropy) * self.lora_hidden
+        return (1 + self.entropy) * self.lora_u
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def make_plan(shape: Shape, needs: Needs, workspace: int, keep: int) -> Plan:
     """Chooses path and tile for a call and predicts its peak bytes and FLOPs.
 
     Args:
-        shape, needs: sizes, and which gradients are wanted.
+        shape, needs: sizes, and which gradients are needed.
         workspace, keep: budgets in bytes, of a tile's work and of kept exponentials.
     """
     path, rows, cols = route(shape, needs, workspace, keep)
@@ -133,7 +133,7 @@ def make_plan(shape: Shape, needs: Needs, workspace: int, keep: int) -> Plan:
         back_rows, back_cols = back_tile(shape, workspace, rows, cols)
     again = path == "recompute"
     main = 1 + needs.directions + again + needs.weight
-    lora = 1 + needs.lora_directions + again + needs.lora_weight
+    lora = 1 + needs.lora_directions + again + needs.lora_b
     flops = 2 * shape.n * shape.v * (shape.h * main + shape.rank * lora)
 
     writes = path != "stats" and path != "kept" if shape.fused else True
@@ -151,8 +151,8 @@ def make_plan(shape: Shape, needs: Needs, workspace: int, keep: int) -> Plan:
     scattered = shape.n if shape.gathered else 0
     gradients = needs.hidden * shape.hidden * shape.h * (shape.source_rows + scattered)
     gradients += needs.weight * shape.v * shape.h * shape.weight + needs.bias * shape.v * shape.weight
-    gradients += needs.lora_hidden * shape.acc * shape.rank * (shape.source_rows + scattered)
-    gradients += needs.lora_weight * shape.v * shape.rank * shape.acc
+    gradients += needs.lora_u * shape.acc * shape.rank * (shape.source_rows + scattered)
+    gradients += needs.lora_b * shape.v * shape.rank * shape.acc
     flat = shape.flattened * shape.source_rows * shape.h * shape.hidden
     peak = flat + vectors + saved + max(forward, gradients + backward)
     return Plan(path, rows, cols, back_rows, back_cols, shape.fused, flops, max(forward, backward), peak)
@@ -162,7 +162,7 @@ def route(shape: Shape, needs: Needs, workspace: int, keep: int) -> tuple[str, i
     """(path, rows, cols) of a plan: all that the shapes of what is saved depend on, so it takes symbolic sizes too."""
     rows, cols = _fused_tile(shape, workspace, needs) if shape.fused else tile(shape, workspace)
     if not needs.head:
-        path = "one_pass" if needs.hidden or needs.lora_hidden else "stats"
+        path = "one_pass" if needs.hidden or needs.lora_u else "stats"
     else:
         path = "kept" if not needs.entropy and _kept_bytes(shape, cols) <= keep else "recompute"
     return path, rows, cols

@@ -12,7 +12,7 @@ import torch
 
 from fastdpo.ops.gemm import adds_in_gemm
 from fastdpo.ops.linear_logprob.plan import Needs, Plan, Shape, make_plan
-from fastdpo.ops.linear_logprob.tiles import Logits, TileOps
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, TileOps
 from fastdpo.ops.linear_logprob.torch_tiles import TorchTiles
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
@@ -36,9 +36,9 @@ class Settings(NamedTuple):
     keep: int
 
     @property
-    def how(self) -> Logits:
+    def spec(self) -> LogitSpec:
         names = frozenset(self.stats.split(",")) if self.stats else frozenset()
-        return Logits(self.temperature, self.logit_scale, self.softcap, names)
+        return LogitSpec(self.temperature, self.logit_scale, self.softcap, names)
 
     @property
     def needed(self) -> Needs:
@@ -76,7 +76,7 @@ def shape_of(
     `gathered` and `flattened`: see `fastdpo.ops.linear_logprob.plan.Shape`.
     """
     source_rows, h, v, rank = sizes
-    stats = settings.how.stats
+    stats = settings.spec.stats
     return Shape(
         n=n,
         h=h,

@@ -1,7 +1,7 @@
-"""The work on one tile of products: types that say what a logit is and what is kept of a row, and plain torch's way.
+"""The work on one tile of products as a contract, how a logit is made, and the numbers of a row.
 
-`TileOps` is what touches a tile. `TorchTiles` here is the CPU path, and that of any device without Triton;
-`TritonTiles` (triton_tiles.py) is a GPU's. `fastdpo.ops.linear_logprob.forward` has the derivation.
+`TileOps` is what touches a tile: `TorchTiles` (torch_tiles.py) on a CPU, and on any device without Triton;
+`TritonTiles` (triton_tiles.py) on a GPU. `fastdpo.ops.linear_logprob.forward` has the derivation.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from fastdpo.ops.numerics import NEG
 
 
 @dataclass(frozen=True)
-class Logits:
-    """How a logit is made from a product, and which statistics of its row are wanted."""
+class LogitSpec:
+    """How a logit is made from a product, and which statistics of its row are made."""
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -86,15 +86,15 @@ class TileOps(Protocol):
         local: Tensor,
         bias: Tensor | None,
         state: RowState,
-        how: Logits,
+        spec: LogitSpec,
         write: bool,
     ) -> None:
         """Folds a tile into `state`. With `write`, leaves exp(z - m) * dz/dlogit / slope in e and, where the entropy
-        is wanted, its product with z - m in z; without, their contents are undefined."""
+        is among the statistics, its product with z - m in z; without, their contents are undefined."""
         ...
 
     def dlogits(
-        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: "RowGradient", how: Logits
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: "RowGradient", spec: LogitSpec
     ) -> None:
         """Turns a tile of products z into d loss / d product, in e."""
         ...

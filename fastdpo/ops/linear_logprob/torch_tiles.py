@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastdpo.ops.linear_logprob.tiles import Logits, RowGradient, RowState
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, RowGradient, RowState
 from fastdpo.ops.numerics import NEG
 
 LOG2_E = math.log2(math.e)
@@ -22,17 +22,17 @@ class TorchTiles:
         local: Tensor,
         bias: Tensor | None,
         state: RowState,
-        how: Logits,
+        spec: LogitSpec,
         write: bool,
     ) -> None:
-        _logits_(z, bias, how)
+        _logits_(z, bias, spec)
         in_range, at = _target_column(local, z.shape[1])
         z_at = z.gather(1, at)
         torch.where(in_range, z_at[:, 0], state.zy, out=state.zy)
         if state.zsum is not None:
             state.zsum.add_(z.sum(1))
         z.scatter_(1, at, torch.where(in_range[:, None], NEG, z_at))
-        curve = curve_of(z.clone(), how) if how.softcap else None
+        curve = curve_of(z.clone(), spec) if spec.softcap else None
         top = torch.maximum(state.m, z.amax(1))
         # a block that holds only the target has no maximum: any base gives e = 0 there
         base = torch.where(top > NEG / 2, top, 0.0)
@@ -53,10 +53,12 @@ class TorchTiles:
             if state.t is not None:
                 z.mul_(curve)
 
-    def dlogits(self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, how: Logits) -> None:
-        _logits_(z, bias, how)
+    def dlogits(
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, spec: LogitSpec
+    ) -> None:
+        _logits_(z, bias, spec)
         in_range, at = _target_column(local, z.shape[1])
-        curve = curve_of(z.clone(), how) if how.softcap else None
+        curve = curve_of(z.clone(), spec) if spec.softcap else None
         z.sub_(row.m[:, None])
         if row.entropy is None:
             _exp(z, e)
@@ -69,8 +71,8 @@ class TorchTiles:
         e.scatter_(1, at, torch.where(in_range[:, None], row.target[:, None], e.gather(1, at)))
         if curve is not None:
             e.mul_(curve)
-        if how.slope != 1.0:
-            e.mul_(how.slope)
+        if spec.slope != 1.0:
+            e.mul_(spec.slope)
 
     def dlogits_kept(self, kept: Tensor, e: Tensor, local: Tensor, scale: Tensor, target: Tensor) -> None:
         torch.mul(kept, scale[:, None], out=e)
@@ -86,18 +88,18 @@ def _exp(u: Tensor, out: Tensor) -> None:
     torch.mul(u, LOG2_E, out=out).exp2_()
 
 
-def _logits_(z: Tensor, bias: Tensor | None, how: Logits) -> None:
+def _logits_(z: Tensor, bias: Tensor | None, spec: LogitSpec) -> None:
     if bias is not None:
         z.add_(bias)
-    if how.softcap:
-        z.mul_(how.scale / how.softcap).tanh_().mul_(how.cap)
-    elif how.scale != 1.0:
-        z.mul_(how.scale)
+    if spec.softcap:
+        z.mul_(spec.scale / spec.softcap).tanh_().mul_(spec.cap)
+    elif spec.scale != 1.0:
+        z.mul_(spec.scale)
 
 
-def curve_of(z: Tensor, how: Logits) -> Tensor:
+def curve_of(z: Tensor, spec: LogitSpec) -> Tensor:
     """dz/dlogit / slope = 1 - tanh^2, from z, in place."""
-    return z.div_(how.cap).square_().neg_().add_(1.0).clamp_(min=0.0)
+    return z.div_(spec.cap).square_().neg_().add_(1.0).clamp_(min=0.0)
 
 
 def _target_column(local: Tensor, columns: int) -> tuple[Tensor, Tensor]:
