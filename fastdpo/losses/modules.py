@@ -12,7 +12,7 @@ from fastdpo.losses import LossOptions, PairLogps, PreferenceOutput
 from fastdpo.losses.from_tokens import row_pair_logps
 from fastdpo.losses.preference import pair_losses
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_stats
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors
+from fastdpo.ops.tensor_kinds import check_tensors
 
 
 class DPOLoss(nn.Module):

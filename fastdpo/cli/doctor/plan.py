@@ -1,6 +1,5 @@
 """Which path the op would take for a shape, and why: from the plan alone, so the device need not be there."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.ops.linear_logprob.plan import MIB, Needs, Plan, Shape, keep_bytes, make_plan
-from fastdpo.ops.switches import choose_backend, fuses
+from fastdpo.ops.linear_logprob.plan import Needs, Plan, Shape, make_plan
+from fastdpo.ops.switches import (
+    MIB,
+    backend_choice,
+    choose_backend,
+    fuses,
+    gemm_choice,
+    keep_bytes,
+    workspace_bytes,
+)
 from fastdpo.wording import one_sentence
 
 NEEDS = {"none": Needs(), "lora": Needs(hidden=True), "head": Needs(hidden=True, weight=True)}
@@ -98,7 +105,7 @@ def answer(question: Question, train: str) -> dict[str, Any]:
         block_cols=block_cols,
     )
     needs = NEEDS[train]
-    plan = make_plan(shape, needs)
+    plan = make_plan(shape, needs, workspace_bytes(), keep_bytes())
     eager = backend == "reference"
     logits = _eager_bytes(question, dtype.itemsize, acc, differentiated=train != "none")
     path = "eager" if eager else plan.path
@@ -126,7 +133,7 @@ def _products(
     question: Question, backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[bool, str, int, str | None]:
     """Whether product and fold are one kernel, why, the columns of its partial results, and its tile in words."""
-    switch = os.environ.get("FASTDPO_GEMM", "auto") or "auto"
+    switch = gemm_choice()
     # meta: asks for everything but the architecture, whose GPU may not be here
     fused = fuses(backend, torch.device("meta"), dtype, question.h, entropy_grad=False)
     refused = "FASTDPO_GEMM=triton is not taken: " if switch == "triton" else ""
@@ -176,7 +183,7 @@ def is_here(question: Question) -> bool:
 
 
 def _why_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    switch = os.environ.get("FASTDPO_BACKEND", "auto") or "auto"
+    switch = backend_choice()
     if switch != "auto":
         return f"FASTDPO_BACKEND={switch}"
     if device.type == "cpu":

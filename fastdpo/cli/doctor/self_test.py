@@ -196,7 +196,8 @@ def _plan(problem: Problem, needs: tuple[bool, bool]) -> Any:
     hidden, weight, bias = _leaves(problem, needs)
     assert hidden is not None
     assert weight is not None
-    return linear_logprob_plan(hidden, weight, problem.labels, bias=bias, rows=problem.rows, **problem.options)
+    options: Any = problem.options
+    return linear_logprob_plan(hidden, weight, problem.labels, bias=bias, rows=problem.rows, **options)
 
 
 def _run(problem: Problem, needs: tuple[bool, bool]) -> dict[str, Tensor]:
