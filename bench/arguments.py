@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdpo.wording import closest
 
-CASES = ("linear_logprob", "dpo_loss", "train_step")
+BENCHMARKS = ("linear_logprob", "dpo_loss", "train_step")
 OUT = "bench_results"
 THRESHOLD = 1.15
 # default of --memory_budget, MiB, by device and whether the run is a quick one
@@ -32,20 +32,20 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """
     parser = build_parser(prog)
     canonical = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), token) for token in argv]
-    given, unknown = parser.parse_known_args(canonical)
-    given.cases += [token for token in unknown if not token.startswith("-")]
+    arguments, unknown = parser.parse_known_args(canonical)
+    arguments.benchmarks += [token for token in unknown if not token.startswith("-")]
     unknown = [token for token in unknown if token.startswith("-")]
     if unknown:
         name = unknown[0].partition("=")[0]
         close = closest(name, [flag for flag in parser._option_string_actions if flag.startswith("--")])
         hint = f"did you mean '{close}'?" if close else f"see {prog} --help"
         raise UsageError(f"there is no argument '{name}': {hint}")
-    for case in given.cases:
-        if case not in CASES:
-            close = closest(case, CASES)
-            hint = f"did you mean '{close}'?" if close else f"choose from {', '.join(CASES)}"
-            raise UsageError(f"there is no case '{case}': {hint}")
-    return given
+    for name in arguments.benchmarks:
+        if name not in BENCHMARKS:
+            close = closest(name, BENCHMARKS)
+            hint = f"did you mean '{close}'?" if close else f"choose from {', '.join(BENCHMARKS)}"
+            raise UsageError(f"there is no case '{name}': {hint}")
+    return arguments
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -60,7 +60,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what is measured")
-    what.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all, or the baseline's)")
+    what.add_argument(
+        "benchmarks", nargs="*", metavar="CASE", help=f"{', '.join(BENCHMARKS)} (default: all, or the baseline's)"
+    )
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     what.add_argument("--quick", action="store_true", help="the smallest shapes, 3 rounds, and --plot")
     what.add_argument("--entries", metavar="NAMES", type=lambda text: text.split(","), help="only these, by commas")
@@ -73,7 +75,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
             *(MEMORY_MIB[key] for key in (("cpu", False), ("cpu", True), ("cuda", False)))
         ),
     )
-    what.add_argument("--real", metavar="FILE", nargs="?", const="", help="also activations stored by bench.real")
+    what.add_argument(
+        "--real", metavar="FILE", nargs="?", const="", help="also activations stored by bench.linear_logprob.real"
+    )
     what.add_argument(
         "--model", metavar="FOLDER", type=Path, help="train_step: also a model with its tokenizer, by LoRA"
     )

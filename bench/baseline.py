@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .arguments import CASES, UsageError
+from .arguments import BENCHMARKS, UsageError
+from .measure.missing import OUT_OF_MEMORY, reasons
 
 SLACK_MIB = 1.0  # of peak memory: less is an allocator's rounding
 Key = tuple[str, str]  # case, entry
@@ -32,23 +33,27 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"--baseline {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"--baseline {path} is not JSON: {error}") from error
-    wanted = {"case", "environment", "rows"}
-    if not isinstance(record, dict) or not wanted <= set(record) or record["case"] not in CASES:
+    keys = {"case", "environment", "rows"}
+    if not isinstance(record, dict) or not keys <= record.keys() or record["case"] not in BENCHMARKS:
         raise UsageError(f"--baseline {path} is no result of this command (it has no case, environment and rows)")
     return record
 
 
-def check(before: dict[str, Any], path: Path, case: str, environment: dict[str, Any], planned: Iterable[str]) -> None:
+def check(
+    before: dict[str, Any], path: Path, benchmark: str, environment: dict[str, Any], planned: Iterable[str]
+) -> None:
     """Refuses what cannot be compared.
 
     Args:
-        before, path: the baseline; case, environment, planned: of this run, and its cases' names.
+        before, path: the baseline; benchmark, environment, planned: of this run, and its cases' names.
 
     Raises:
-        UsageError: another case, device, number of threads, or no shape in common.
+        UsageError: another benchmark, device, number of threads, or no shape in common.
     """
-    if before["case"] != case:
-        raise UsageError(f"--baseline {path} holds {before['case']}, and {case} is measured: give one of {case}")
+    if before["case"] != benchmark:
+        raise UsageError(
+            f"--baseline {path} holds {before['case']}, and {benchmark} is measured: give one of {benchmark}"
+        )
     here, there = (_machine(e) for e in (environment, before["environment"]))
     if here != there:
         raise UsageError(f"--baseline {path} was measured on {there}, this is {here}: give one of the same device")
@@ -76,7 +81,7 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str, threshold: f
         times, peaks = [[row[k] for row in (old[key], new[key])] for k in (clock, "peak_mib")]
         slower = _ratio(*times) > threshold
         larger = _ratio(*peaks) > threshold and peaks[1] - peaks[0] > SLACK_MIB
-        verdict = " and ".join(word for word, told in (("slower", slower), ("more memory", larger)) if told)
+        verdict = " and ".join(word for word, is_so in (("slower", slower), ("more memory", larger)) if is_so)
         lines.append(
             f"  {'  '.join(key):{width}}{_numbers(times, '.4g')}   {_numbers(peaks, '.1f')}  {verdict}".rstrip()
         )
@@ -89,29 +94,29 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str, threshold: f
         lines.append(f"  {key[0]}  {key[1]}: N {sizes[0]} -> {sizes[1]}{'  fewer' if fewer else ''}")
         if fewer and _is_ours(key):
             behind.append(f"{key[0]}: {key[1]}: fewer")
-    reasons = {(m["case"], m["entry"]): m["reason"] for m in now["missing"]}
+    why = reasons(now)
     then, here = {**old, **old_fits}, {**new, **new_fits}
-    for one, reason in _absent(then, here, reasons).items():
-        lines.append(f"  only in the baseline: {one}{f' (here: {reason})' if reason else ''}")
-    lines += [f"  only here: {one}" for one in _absent(here, then, {})]
+    for absent, reason in _absent(then, here, why).items():
+        lines.append(f"  only in the baseline: {absent}{f' (here: {reason})' if reason else ''}")
+    lines += [f"  only here: {absent}" for absent in _absent(here, then, {})]
     for key in then:
-        if key not in here and reasons.get(key) == "out of memory" and _is_ours(key):
-            behind.append(f"{key[0]}: {key[1]}: out of memory")
+        if key not in here and why.get(key) == OUT_OF_MEMORY and _is_ours(key):
+            behind.append(f"{key[0]}: {key[1]}: {OUT_OF_MEMORY}")
     if behind:
-        lines += [f"past {threshold:g} x of the baseline:", *(f"  {one}" for one in behind)]
+        lines += [f"past {threshold:g} x of the baseline:", *(f"  {line}" for line in behind)]
     else:
         lines.append(f"none of ours is past {threshold:g} x of the baseline (peers are its control and do not count)")
     return Verdict("\n".join(lines), behind)
 
 
-def _absent(present: Collection[Key], other: Collection[Key], reasons: dict[Key, str]) -> dict[str, str]:
+def _absent(present: Collection[Key], other: Collection[Key], why: dict[Key, str]) -> dict[str, str]:
     """What is in `present` and not in `other`, by name, and why; a whole case is named once."""
     cases = {case for case, _ in other}
-    found = {}
+    absent = {}
     for case, entry in (key for key in present if key not in other):
         name = f"{case}: {entry}" if case in cases else case
-        found[name] = reasons.get((case, entry)) or reasons.get((case, ""), "")
-    return found
+        absent[name] = why.get((case, entry)) or why.get((case, ""), "")
+    return absent
 
 
 def _machine(environment: dict[str, Any]) -> str:

@@ -15,11 +15,10 @@ from typing import Any
 from fastdpo.ops.oracle import passes
 
 from .linear_logprob.cases import Growth
-from .linear_logprob.step import UNIT
 from .measure.comparison import Comparison
 from .measure.entries import Entry
 from .measure.faults import attempt
-from .measure.rows import Missing
+from .measure.missing import NO_TIME, OUT_OF_MEMORY, WRONG, Missing
 from .measure.timing import Budget, Timer, peak_mib
 
 MARGIN = 4
@@ -102,14 +101,13 @@ def _fit(case: Growth, base: Comparison, entry: Entry, timer: Timer, budget: Bud
 
     def peak_of(size: int) -> float:
         if budget.over:
-            raise _NoFit("no time left")
+            raise _NoFit(NO_TIME)
         peak, reason = attempt(lambda: run(size))
-        if peak is None and (reason != "out of memory" or size not in tokens):
+        if peak is None and (reason != OUT_OF_MEMORY or size not in tokens):
             raise _NoFit(reason)
         return math.inf if peak is None else peak
 
-    most = case.most // (2 * case.length if case.length else UNIT)
-    peaks = search(peak_of, case.budget_mib, most, _stop(case.budget_mib, timer.device))
+    peaks = search(peak_of, case.budget_mib, case.most_units, _stop(case.budget_mib, timer.device))
     low, high = around(peaks, case.budget_mib)
     fit = Fit(case.name, entry.name, entry.version)
     if high is not None:
@@ -132,7 +130,7 @@ def _checked(case: Growth, comparison: Comparison, entry: Entry) -> dict[str, fl
     sample, outputs = comparison.sample(comparison.step(entry, case.mode))
     error = sample.truth.errors(outputs)
     if not passes(error, sample.eager_errors):
-        raise RuntimeError(f"({entry.version}) failed the oracle: {error}")
+        raise RuntimeError(f"({entry.version}) {WRONG}: {error}")
     return error
 
 

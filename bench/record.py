@@ -1,4 +1,4 @@
-"""What a run leaves: a JSON, written after every case."""
+"""What a run of a benchmark leaves: a JSON, written after every case."""
 
 import json
 from collections.abc import Sequence
@@ -10,21 +10,26 @@ from fastdpo.files import write_atomic
 
 from .largest import Fit
 from .measure.comparison import AnyCase
-from .measure.rows import Missing, Row
+from .measure.missing import WRONG, Missing
+from .measure.rows import Row
 
 
-class Report:
-    """Rows so far, and by name everything that has none. `path` None writes nothing; `clock`: what ratios are of."""
+class Record:
+    """Rows so far, and by name everything that has none.
+
+    path: of the JSON; None writes nothing. planned: the benchmark's cases. clock: "best_ms" or "median_ms", the time
+    that ratios are made of.
+    """
 
     def __init__(
         self,
         path: Path | None,
-        case: str,
+        benchmark: str,
         environment: dict[str, Any],
         planned: Sequence[AnyCase],
         clock: str = "median_ms",
     ) -> None:
-        self.path, self.case, self.environment, self.clock = path, case, environment, clock
+        self.path, self.benchmark, self.environment, self.clock = path, benchmark, environment, clock
         self.rows: list[Row] = []
         self.fits: list[Fit] = []
         self.missing: list[Missing] = []
@@ -45,16 +50,16 @@ class Report:
     def write(self) -> None:
         # not before there is something: an older file may be there
         if self.path is not None and self._done:
-            write_atomic(self.path, json.dumps(self.record(), indent=1) + "\n")
+            write_atomic(self.path, json.dumps(self.as_dict(), indent=1) + "\n")
 
-    def record(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {
-            "case": self.case,
+            "case": self.benchmark,
             "clock": self.clock,
             "complete": len(self._done) == len(self.cases),
             "environment": self.environment,
             "rows": [{**row.summary(), **asdict(self.cases[row.case])} for row in self.rows],
             "largest": [{**fit.summary(), **asdict(self.cases[fit.case])} for fit in self.fits],
-            "refused": [str(m) for m in self.missing if "failed the oracle" in m.reason],
+            "refused": [str(m) for m in self.missing if WRONG in m.reason],
             "missing": [asdict(m) for m in self.unmeasured()],
         }

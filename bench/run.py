@@ -25,14 +25,14 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench.run") -> in
         print(build_parser(prog).format_help(), end="")
         return 0
     try:
-        given = parse(argv, prog)
-        if given.out.exists() and not given.out.is_dir():
-            raise UsageError(f"--out {given.out} is a file; give a folder for JSON and PNG")
-        before = None if given.baseline is None else baseline.load(given.baseline)
+        arguments = parse(argv, prog)
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise UsageError(f"--out {arguments.out} is a file; give a folder for JSON and PNG")
+        before = None if arguments.baseline is None else baseline.load(arguments.baseline)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr of each start
         from .benchmark import run  # torch, once the arguments are known to be good
 
-        return run(given, before, " ".join([prog, *argv]))
+        return run(arguments, before, " ".join([prog, *argv]))
     except UsageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

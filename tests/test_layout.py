@@ -54,7 +54,7 @@ def test_every_package_is_named_in_pyproject():
     there = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in (ROOT / "fastdpo").glob("**/__init__.py")
-        if not set(LINKED) & set(path.parts)
+        if not set(LINKED) & set(path.relative_to(ROOT).parts)
     }
     for folder in LINKED:
         there |= {
@@ -111,7 +111,8 @@ def module_name(path: Path) -> str:
     return ".".join(("fastdpo", *parts) if parts[0] in LINKED else parts).removesuffix(".__init__")
 
 
-SOURCES = sorted(path for path in (ROOT / "fastdpo").glob("**/*.py") if not set(LINKED) & set(path.parts[:-1]))
+SOURCES = sorted((ROOT / "fastdpo").glob("**/*.py"))
+SOURCES = [path for path in SOURCES if not set(LINKED) & set(path.relative_to(ROOT).parts[:-1])]
 SOURCES += [p for folder in LINKED for p in sorted((ROOT / folder).glob("**/*.py")) if "pytest_cases" not in p.parts]
 MODULES = {module_name(path): path for path in SOURCES}
 

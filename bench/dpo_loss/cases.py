@@ -1,4 +1,4 @@
-"""Preference pairs with prompt-shaped masks, as `dpo_loss` measures them."""
+"""What `dpo_loss` measures: preference pairs with prompt-shaped masks, on the heads of real models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,14 +48,17 @@ class PairSweep:
     @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
         """(B, T, H, V), each once."""
-        found = [(self.pairs, length, self.h, self.v) for length in self.lengths]
-        return list(dict.fromkeys(found + [(self.pairs, self.length, self.h, v) for v in self.vs]))
+        shapes = [(self.pairs, length, self.h, self.v) for length in self.lengths]
+        return list(dict.fromkeys(shapes + [(self.pairs, self.length, self.h, v) for v in self.vs]))
 
 
 # (B, T, H, V)
 CPU_SHAPES = [(2, 256, 512, 32000)]
 CPU_QUICK = (2, 64, 256, 16384)
-_LLAMA = HEADS[1]
+# of models, the most important first, and the one of a quick run
+CUDA_HEADS = ("Llama-3.2-1B", "Qwen2.5-0.5B", "Llama-3.1-8B", "Qwen2.5-7B")
+CUDA_QUICK = "Qwen2.5-0.5B"
+_LLAMA = HEADS["Llama-3.2-1B"]
 # by device and whether the run is a quick one
 SWEEPS = {
     ("cpu", True): PairSweep(2, 64, 256, 8192, (32, 64, 128), (4096, 8192, 16384)),
@@ -75,16 +78,20 @@ SWEEPS = {
 }
 
 
-def pair_cases(device: str, quick: bool, extra: Sequence[PairCase | Growth] = ()) -> list[PairCase | Growth]:
-    """What a run measures, the most important first, then what is in `extra` and not here anyway."""
+def pair_cases(device: str, quick: bool, budget_mib: float = 0.0, sweep: bool = False) -> list[PairCase | Growth]:
+    """What a run measures, the most important first.
+
+    budget_mib: the largest N in it is looked for, unless it is 0. sweep: with the points of the plot.
+    """
     if device == "cpu":
         shapes = [CPU_QUICK] if quick else CPU_SHAPES
-        found = [PairCase(*shape, "bf16", mode) for shape in shapes for mode in MODES]
+        plain = [PairCase(*shape, "bf16", mode) for shape in shapes for mode in MODES]
     else:
-        heads = HEADS[:1] if quick else [HEADS[1], HEADS[0], HEADS[3], HEADS[5]]
-        found = [PairCase(4, 1024, head.h, head.v, "bf16", mode, head.model) for head in heads for mode in MODES]
-    names = {case.name for case in found}
-    return [*found, *(case for case in extra if case.name not in names)]
+        heads = [HEADS[model] for model in ((CUDA_QUICK,) if quick else CUDA_HEADS)]
+        plain = [PairCase(4, 1024, head.h, head.v, "bf16", mode, head.model) for head in heads for mode in MODES]
+    names = {case.name for case in plain}
+    points = [case for case in sweep_cases(device, quick) if case.name not in names] if sweep else []
+    return [*plain, *(growth_cases(device, quick, budget_mib) if budget_mib else ()), *points]
 
 
 def sweep_cases(device: str, quick: bool) -> list[PairCase]:
@@ -100,7 +107,7 @@ def growth_cases(device: str, quick: bool, budget_mib: float) -> list[Growth]:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairInputs:
     """hidden, ref_hidden (2B, T, H), chosen rows then rejected rows; weight (V, H), both policies'; labels (2B, T).
 
     And the same tokens as a collator gives them: rows (M,) of the flattened hidden states, targets (M,), and
@@ -113,7 +120,7 @@ class Pairs:
     labels: Tensor
 
     @staticmethod
-    def of(case: PairCase, device: str, seed: int = 0) -> "Pairs":
+    def of(case: PairCase, device: str, seed: int = 0) -> "PairInputs":
         """About a quarter to a half of a row is prompt; completions end at random, and padding follows."""
         b, t = case.pairs, case.length
         hidden, weight, labels = peaked_inputs(2 * b * t, case.h, case.v, DTYPES[case.dtype], device, seed)
@@ -125,7 +132,7 @@ class Pairs:
         noise = torch.randn(hidden.shape, generator=torch.Generator(device).manual_seed(seed + 1), device=device)
         ref_hidden = (hidden.float() + 0.05 * noise).to(hidden.dtype)
         labels = labels.view(2 * b, t).masked_fill(~scored.to(device), IGNORE)
-        return Pairs(hidden.view(2 * b, t, -1), ref_hidden.view(2 * b, t, -1), weight, labels)
+        return PairInputs(hidden.view(2 * b, t, -1), ref_hidden.view(2 * b, t, -1), weight, labels)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -139,8 +146,8 @@ class Pairs:
     def offsets(self) -> Tensor:
         return F.pad((self.labels != IGNORE).sum(1).cumsum(0), (1, 0))
 
-    def take(self, pairs: Sequence[int]) -> "Pairs":
+    def take(self, pairs: Sequence[int]) -> "PairInputs":
         """Of these pairs, in this order, each as often as it is named."""
         chosen = torch.tensor(pairs, device=self.labels.device)
         both = torch.cat((chosen, chosen + len(self.labels) // 2))
-        return Pairs(self.hidden[both], self.ref_hidden[both], self.weight, self.labels[both])
+        return PairInputs(self.hidden[both], self.ref_hidden[both], self.weight, self.labels[both])

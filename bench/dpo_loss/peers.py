@@ -4,11 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measure.bounds import eager_bytes
 from ..measure.entries import Entry, Factory, installed, own_version
-from .cases import BETA, IGNORE, Pairs
+from .cases import BETA, IGNORE, PairInputs
+
+# with the reference's forward, on every position; Liger makes its gradients in the forward
+PRODUCTS = {"frozen": 3, "trained": 4}
 
 
-def fastdpo(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def fastdpo(pairs: PairInputs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The module, with labels of every position."""
     from fastdpo import FusedLinearDPOLoss
 
@@ -17,7 +21,7 @@ def fastdpo(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return loss, torch.cat((out.chosen_rewards, out.rejected_rewards))
 
 
-def fastdpo_rows(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def fastdpo_rows(pairs: PairInputs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As the trainer does it: scored tokens named by their rows, so that the others cost nothing."""
     from fastdpo import DPOLoss, linear_logprob
     from fastdpo.ops.sequence import segment_sum
@@ -31,7 +35,7 @@ def fastdpo_rows(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, 
     return loss, torch.cat((out.chosen_rewards, out.rejected_rewards))
 
 
-def eager(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def eager(pairs: PairInputs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, log_softmax, gather, sum, logsigmoid."""
     scored = pairs.labels != IGNORE
     labels = pairs.labels.where(scored, 0)
@@ -47,7 +51,11 @@ def eager(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     return -F.logsigmoid(chosen - rejected).mean(), rewards
 
 
-EAGER = Entry("eager", f"torch {torch.__version__}", eager)
+def _eager_bytes(mode: str, operand: int) -> int:
+    return eager_bytes(mode, operand) + eager_bytes("forward", operand)
+
+
+EAGER = Entry("eager", f"torch {torch.__version__}", eager, products=PRODUCTS, tile_bytes=_eager_bytes)
 
 
 def _own(name: str) -> Entry:
@@ -63,13 +71,13 @@ def _liger(name: str) -> Entry:
 
     loss_fn = LigerFusedLinearDPOLoss(ignore_index=IGNORE, beta=BETA, compiled=name == "liger")
 
-    def run(pairs: Pairs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def run(pairs: PairInputs, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         loss, (*_, chosen, rejected) = loss_fn(
             weight, hidden, pairs.labels, ref_input=pairs.ref_hidden, ref_weight=pairs.weight
         )
         return loss, torch.cat((chosen, rejected))
 
-    return Entry(name, package, run)
+    return Entry(name, package, run, products=PRODUCTS)
 
 
 FACTORIES = (

@@ -1,4 +1,4 @@
-"""The comparison `dpo_loss`: one step of an entry on preference pairs, what is right, and the work that it is."""
+"""One step of an entry of `dpo_loss` on preference pairs, what is right, and the work that it is."""
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +6,29 @@ from torch import Tensor
 
 from fastdpo.ops.oracle import SAMPLE, Distribution, Outputs, Truth, spread
 
+from ..linear_logprob.cases import Growth
 from ..linear_logprob.step import own_plan, own_work
-from ..measure.bounds import Work, eager_bytes
+from ..measure.bounds import Work, peer_work
 from ..measure.comparison import Comparison
 from ..measure.entries import Entry
-from .cases import BETA, IGNORE, Pairs
+from .cases import BETA, IGNORE, PairCase, PairInputs
 from .peers import EAGER
 
+GROWN_FROM = 4  # pairs that a growing input repeats
 
-class DPOLosses(Comparison):
+
+class LossComparison(Comparison):
     """One set of pairs, for both modes: the head frozen, and trained."""
 
-    def __init__(self, pairs: Pairs) -> None:
+    def __init__(self, pairs: PairInputs) -> None:
         self.pairs = pairs
+
+    @staticmethod
+    def of(case: PairCase | Growth, device: str) -> "LossComparison":
+        if isinstance(case, Growth):
+            assert case.length is not None
+            case = PairCase(GROWN_FROM, case.length, case.h, case.v, case.dtype, case.mode)
+        return LossComparison(PairInputs.of(case, device))
 
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -28,11 +38,11 @@ class DPOLosses(Comparison):
     def tokens(self) -> int:
         return len(self.pairs.targets)
 
-    def grown(self, size: int) -> "DPOLosses":
+    def grown(self, size: int) -> "LossComparison":
         have = len(self.pairs.labels) // 2
-        return DPOLosses(self.pairs.take([i % have for i in range(size)]))
+        return LossComparison(self.pairs.take([i % have for i in range(size)]))
 
-    def sample(self, outputs: Outputs) -> tuple["DPOLosses", Outputs]:
+    def sample(self, outputs: Outputs) -> tuple["LossComparison", Outputs]:
         """The first and the last pair; their loss is that of their own rewards."""
         b = len(self.pairs.labels) // 2
         few = sorted({0, b - 1})
@@ -42,7 +52,7 @@ class DPOLosses(Comparison):
         loss = -F.logsigmoid(chosen - rejected).mean().view(1)
         # the loss is a mean over pairs
         dh = outputs["dh"].unflatten(0, (2 * b, -1))[both].flatten(0, 1) * (b / len(few))
-        return DPOLosses(self.pairs.take(few)), {"rewards": torch.cat((rewards, loss)), "dh": dh}
+        return LossComparison(self.pairs.take(few)), {"rewards": torch.cat((rewards, loss)), "dh": dh}
 
     def step(self, entry: Entry, mode: str) -> Outputs:
         """One forward and backward: rewards (the loss is the last of them), dh (2BT, H), dw."""
@@ -82,7 +92,7 @@ class DPOLosses(Comparison):
     def eager_outputs(self) -> Outputs:
         # pair by pair; the loss is a mean over pairs
         b = len(self.pairs.labels) // 2
-        parts = [DPOLosses(self.pairs.take([i])).step(EAGER, "trained") for i in range(b)]
+        parts = [LossComparison(self.pairs.take([i])).step(EAGER, "trained") for i in range(b)]
         rewards = torch.stack([part["rewards"] for part in parts])
         dh = torch.stack([part["dh"].unflatten(0, (2, -1)) for part in parts], 1) / b
         dw = (torch.stack([part["dw"].float() for part in parts]).sum(0) / b).to(self.pairs.weight.dtype)
@@ -93,10 +103,7 @@ class DPOLosses(Comparison):
         v, h = self.pairs.weight.shape
         positions, size = self.pairs.labels.numel(), self.pairs.weight.element_size()
         if not entry.name.startswith("fastdpo"):
-            # eager, and Liger, whose gradients are made in the forward; both on every position
-            tiles = eager_bytes(mode, size) + eager_bytes("forward", size) if entry.name == "eager" else None
-            flops = 2.0 * positions * h * v * {"frozen": 3, "trained": 4}[mode]
-            return Work(flops, None if tiles is None else float(tiles * positions * v)), None
+            return peer_work(entry, mode, positions, h, v, size), None
         flat, labels, options = self.pairs.hidden, self.pairs.labels, {}
         # finding the ignored labels would wait for a GPU
         n = len(self.pairs.rows) if labels.device.type == "cpu" else positions
@@ -104,8 +111,8 @@ class DPOLosses(Comparison):
             flat, labels, options = flat.flatten(0, 1), self.pairs.targets, {"rows": self.pairs.rows}
             n = len(labels)
         plans = []
-        for wanted in (mode, "forward"):  # the policy's, and the reference's
+        for pass_mode in (mode, "forward"):  # the policy's, and the reference's
             with entry.applied():
-                plans.append(own_plan(flat, self.pairs.weight, labels, wanted, **options))
+                plans.append(own_plan(flat, self.pairs.weight, labels, pass_mode, **options))
         policy, reference = (own_work(plan, n, v, size) for plan in plans)
         return policy + reference, None

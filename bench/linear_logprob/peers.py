@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measure.bounds import eager_bytes, trl_bytes
 from ..measure.entries import Entry, Factory, LeftOut, installed, own_version
+from .cases import MODES
 
 
 def fastdpo(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -28,7 +30,12 @@ def _own(name: str) -> Entry:
     return Entry(name, own_version(), fastdpo, {"FASTDPO_GEMM": form} if form else {})
 
 
-EAGER = Entry("eager", f"torch {torch.__version__}", eager)
+def _products(*each: int) -> dict[str, int]:
+    """By mode, as `Entry.products` takes them."""
+    return dict(zip(MODES, each, strict=True))
+
+
+EAGER = Entry("eager", f"torch {torch.__version__}", eager, products=_products(1, 2, 3), tile_bytes=eager_bytes)
 
 
 def _compile(name: str) -> Entry:
@@ -40,7 +47,7 @@ def _compile(name: str) -> Entry:
         with torch._dynamo.config.patch(recompile_limit=64):
             return compiled(hidden, weight, labels, softcap)
 
-    return Entry(name, f"torch {torch.__version__}", run)
+    return Entry(name, f"torch {torch.__version__}", run, products=_products(1, 2, 3))
 
 
 def _torch(name: str) -> Entry:
@@ -53,7 +60,7 @@ def _torch(name: str) -> Entry:
     def run(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         return -function(hidden, weight, labels, reduction="none", options=options()).float()
 
-    return Entry(name, f"torch {torch.__version__}", run, softcap=False)
+    return Entry(name, f"torch {torch.__version__}", run, softcap=False, products=_products(1, 3, 4))
 
 
 def _trl(name: str) -> Entry:
@@ -70,7 +77,7 @@ def _trl(name: str) -> Entry:
     def run(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         return function.apply(hidden, weight, None, labels, 1.0, chunk, softcap, 1.0, ())[0]
 
-    return Entry(name, package, run)
+    return Entry(name, package, run, products=_products(1, 3, 4), tile_bytes=trl_bytes)
 
 
 def _liger(name: str) -> Entry:
@@ -85,7 +92,7 @@ def _liger(name: str) -> Entry:
         assert isinstance(loss, Tensor)  # more comes where more is asked for
         return -loss
 
-    return Entry(name, package, run)
+    return Entry(name, package, run, products=_products(1, 3, 4))
 
 
 def _liger_scaled(name: str) -> Entry:
@@ -97,7 +104,7 @@ def _liger_scaled(name: str) -> Entry:
         loss = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
         return -(loss[0] if isinstance(loss, tuple) else loss)
 
-    return Entry(name, package, run, softcap=False, dtypes=("bf16",))
+    return Entry(name, package, run, softcap=False, dtypes=("bf16",), products=_products(1, 4, 4))
 
 
 def _cce(name: str) -> Entry:
@@ -109,14 +116,16 @@ def _cce(name: str) -> Entry:
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     options: dict[str, str | None] = {}
+    products = None  # its filter decides
     if name == "cce exact":
+        products = _products(1, 3, 4)
         presets = "accum_e_fp32" in inspect.signature(linear_cross_entropy).parameters
         options = {"impl": "cce_exact"} if presets else {"filter_eps": None}
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         return -linear_cross_entropy(hidden, weight, labels, softcap=softcap, reduction="none", **options).float()
 
-    return Entry(name, package, run, dtypes=("bf16", "fp16"))
+    return Entry(name, package, run, dtypes=("bf16", "fp16"), products=products)
 
 
 def _verl(name: str) -> Entry:
@@ -129,7 +138,7 @@ def _verl(name: str) -> Entry:
     def run(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         return LinearCrossEntropy.apply(hidden, weight, labels, 1.0, "none", None)[0]
 
-    return Entry(name, package, run, softcap=False)
+    return Entry(name, package, run, softcap=False, products=_products(1, 4, 4))
 
 
 FACTORIES = (

@@ -1,5 +1,6 @@
-"""The comparison `linear_logprob`: one step of an entry, what is right, and the work that it is."""
+"""One step of an entry of `linear_logprob`, what is right, and the work that it is."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from ..measure.bounds import Work, own_bytes, peer_work
 from ..measure.comparison import Comparison
 from ..measure.entries import Entry
 from ..measure.timing import MIB
+from . import real
+from .cases import DTYPES, UNIT, Growth, LogprobCase, peaked_inputs
 from .peers import EAGER
 
 BLOCK = 1024  # rows that eager takes at once where its errors are the measure
-UNIT = 16  # tokens that a trial grows by
+GROWN_FROM = 4096  # tokens that a growing input repeats
 UPSTREAM = 1 / 16  # the same number in every dtype
 
 
-class Logprobs(Comparison):
+class LogprobComparison(Comparison):
     """Inputs of one shape and dtype, for all modes: hidden (N, H), weight (V, H), labels (N,)."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> None:
@@ -28,6 +31,16 @@ class Logprobs(Comparison):
         # as DPO's: one coefficient a sequence, of both signs
         self.upstream = torch.full((len(labels),), UPSTREAM, device=hidden.device)
         self.upstream[len(labels) // 2 :] = -UPSTREAM
+
+    @staticmethod
+    def of(case: LogprobCase | Growth, device: str, activations: Path | None = None) -> "LogprobComparison":
+        """activations: the file of a model's own, where the case is of these."""
+        if isinstance(case, Growth):
+            return LogprobComparison(*peaked_inputs(GROWN_FROM, case.h, case.v, DTYPES[case.dtype], device))
+        if case.inputs == "real":
+            assert activations is not None
+            return LogprobComparison(*real.load(activations, case.n, device))
+        return LogprobComparison(*peaked_inputs(case.n, case.h, case.v, DTYPES[case.dtype], device), case.softcap)
 
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
@@ -37,11 +50,11 @@ class Logprobs(Comparison):
     def tokens(self) -> int:
         return len(self.labels)
 
-    def grown(self, size: int) -> "Logprobs":
+    def grown(self, size: int) -> "LogprobComparison":
         rows = torch.arange(size * UNIT, device=self.labels.device) % len(self.labels)
-        return Logprobs(self.hidden[rows], self.weight, self.labels[rows], self.softcap)
+        return LogprobComparison(self.hidden[rows], self.weight, self.labels[rows], self.softcap)
 
-    def sample(self, outputs: Outputs) -> tuple["Logprobs", Outputs]:
+    def sample(self, outputs: Outputs) -> tuple["LogprobComparison", Outputs]:
         """Some rows of logp and dh; dw is a sum over all."""
         rows = spread(self.tokens, SAMPLE, self.labels.device)
         return self._part(rows), {name: outputs[name][rows] for name in ("logp", "dh")}
@@ -70,11 +83,8 @@ class Logprobs(Comparison):
 
     def eager_outputs(self) -> Outputs:
         blocks = [slice(i, i + BLOCK) for i in range(0, len(self.labels), BLOCK)]
-        logp, dh, dw = (
-            [],
-            [],
-            torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32)),
-        )
+        logp, dh = [], []
+        dw = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         for block in blocks:
             outputs = self._part(block).step(EAGER, "trained")
             logp.append(outputs["logp"])
@@ -82,15 +92,15 @@ class Logprobs(Comparison):
             dw += outputs["dw"]
         return {"logp": torch.cat(logp), "dh": torch.cat(dh), "dw": dw.to(self.weight.dtype)}
 
-    def _part(self, rows: slice | Tensor) -> "Logprobs":
-        part = Logprobs(self.hidden[rows], self.weight, self.labels[rows], self.softcap)
+    def _part(self, rows: slice | Tensor) -> "LogprobComparison":
+        part = LogprobComparison(self.hidden[rows], self.weight, self.labels[rows], self.softcap)
         part.upstream = self.upstream[rows]
         return part
 
     def work(self, entry: Entry, mode: str) -> tuple[Work | None, float | None]:
         n, (v, h) = len(self.labels), self.weight.shape
         if not entry.name.startswith("fastdpo"):
-            return peer_work(entry.name, mode, n, h, v, self.weight.element_size(), self.softcap), None
+            return peer_work(entry, mode, n, h, v, self.weight.element_size(), self.softcap), None
         with entry.applied():
             plan = own_plan(self.hidden, self.weight, self.labels, mode, softcap=self.softcap)
         return own_work(plan, n, v, self.weight.element_size()), plan.peak_bytes / MIB

@@ -18,14 +18,15 @@ from fastdpo.ops.oracle import passes
 from ..measure.conditions import environment
 from ..measure.entries import Entry
 from ..measure.faults import attempt
+from ..measure.missing import NO_TIME, WRONG
 from ..measure.timing import Budget, Rounds, Timer, interleaved
 from .cases import DTYPES, HEADS, peaked_inputs
 from .peers import fastdpo
-from .step import Logprobs
+from .step import LogprobComparison
 
 MODES = ("forward", "frozen")
 TOKENS = 4096
-SHAPES = [(TOKENS, head.h, head.v) for head in (HEADS[0], HEADS[1], HEADS[3])]
+SHAPES = [(TOKENS, HEADS[model].h, HEADS[model].v) for model in ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B")]
 DTYPE = "bf16"
 
 BLAS = Entry("fastdpo cublas", "", fastdpo, {"FASTDPO_GEMM": "cublas"})
@@ -53,9 +54,9 @@ def tune(rounds: Rounds, timer: Timer, budget: Budget, command: str) -> int:
     done = []
     for n, h, v in SHAPES:
         if budget.over:
-            print(f"H {h}: no time left")
+            print(f"H {h}: {NO_TIME}")
             continue
-        comparison = Logprobs(*peaked_inputs(n, h, v, DTYPES[DTYPE], timer.device))
+        comparison = LogprobComparison(*peaked_inputs(n, h, v, DTYPES[DTYPE], timer.device))
         for mode in MODES:
             _measure(comparison, h, mode, tried, rounds, timer, budget)
         done.append(h)
@@ -64,7 +65,7 @@ def tune(rounds: Rounds, timer: Timer, budget: Budget, command: str) -> int:
 
 
 def _measure(
-    comparison: Logprobs,
+    comparison: LogprobComparison,
     h: int,
     mode: str,
     tried: list[Candidate],
@@ -91,11 +92,11 @@ def _measure(
         if candidate.failure:
             continue
         if budget.over:
-            candidate.failure = "no time left"
+            candidate.failure = NO_TIME
             continue
         error, failure = attempt(partial(check, candidate))
         if error is not None and not passes(error, comparison.eager_errors):
-            failure = f"failed the oracle: {error}"
+            failure = f"{WRONG}: {error}"
         if failure:
             candidate.failure = f"H {h}, {mode}: {failure}"
         else:
@@ -106,7 +107,7 @@ def _measure(
         if taken:
             candidate.ms[h, mode] = taken[len(taken) // 2]
         elif not candidate.failure:
-            candidate.failure = f"H {h}, {mode}: {failed.get(str(index), 'no time left')}"
+            candidate.failure = f"H {h}, {mode}: {failed.get(str(index), NO_TIME)}"
 
 
 def _print(tried: list[Candidate], arch: str, sizes: list[int], device: str, command: str) -> None:

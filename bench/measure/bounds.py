@@ -20,13 +20,15 @@ Bytes for each element of N x V, with b the operands' bytes (bf16, fp16: 2; fp32
 
 In bf16: fastdpo 12 / 16 / 28 (recompute) or 22 (kept), fused 0 / 4 / 8 or 10; TRL 4 / 12 / 14; eager 16 / 48 / 50.
 Other peers' bytes are not counted here. On a CPU, where plain torch does the tiles' work and a tile may stay in the
-cache, there is no such bound: `bench.traffic` counts what the operators move. What is of size N x H or V x H is left
+cache, there is no such bound: `traffic.py` counts what the operators move. What is of size N x H or V x H is left
 out, for all alike: with V in the hundred thousands and tiles of thousands of rows it is a few per cent. The
 GEMMs' rate is that of one `torch.mm` of the very shape, which writes N x V itself, so the bound is not quite the least
 possible: a path at 100 % of it has hidden nothing.
 """
 
 from dataclasses import dataclass
+
+from .entries import Entry
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,15 @@ def eager_bytes(mode: str, operand: int) -> int:
     return forward + 24 + operand + copies + (operand if mode == "trained" else 0)
 
 
-# units of 2NHV that the algorithms need, as their sources do it; CCE's filter may skip some of its own
-PRODUCTS = {
-    "eager": (1, 2, 3),
-    "compile": (1, 2, 3),
-    "trl": (1, 3, 4),
-    "torch": (1, 3, 4),
-    "liger": (1, 3, 4),
-    "liger scaled": (1, 4, 4),
-    "cce exact": (1, 3, 4),
-    "verl": (1, 4, 4),
-}
+def peer_work(
+    entry: Entry, mode: str, n: int, h: int, v: int, operand: int, softcap: float | None = None
+) -> Work | None:
+    """The work of an entry that is not ours, with operands of that many bytes; None where it is not known.
 
-
-def peer_work(entry: str, mode: str, n: int, h: int, v: int, operand: int, softcap: float | None = None) -> Work | None:
-    """The work of an entry that is not ours; None where it depends on the data."""
-    if entry not in PRODUCTS:
+    What eager moves for a softcap is not counted.
+    """
+    if entry.products is None:
         return None
-    products = PRODUCTS[entry][("forward", "frozen", "trained").index(mode)]
-    tiles = None
-    if entry == "trl":
-        tiles = trl_bytes(mode, operand)
-    elif entry == "eager" and softcap is None:
-        tiles = eager_bytes(mode, operand)
-    return Work(2.0 * n * h * v * products, None if tiles is None else float(tiles * n * v))
+    counted = entry.tile_bytes if softcap is None or entry.tile_bytes is not eager_bytes else None
+    tile_bytes = None if counted is None else float(counted(mode, operand) * n * v)
+    return Work(2.0 * n * h * v * entry.products[mode], tile_bytes)

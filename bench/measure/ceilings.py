@@ -22,8 +22,8 @@ def copy_gbs(timer: Timer) -> float | None:
     size = (1024 if timer.device == "cuda" else 64) * MIB
     source = torch.ones(size, dtype=torch.int8, device=timer.device)
     target = torch.empty_like(source)
-    found = rate(2 * size, lambda: target.copy_(source), timer)
-    return None if found is None else found / 1e6
+    per_ms = rate(2 * size, lambda: target.copy_(source), timer)
+    return None if per_ms is None else per_ms / 1e6
 
 
 def gemm_tflops(hidden: Tensor, weight: Tensor, timer: Timer) -> dict[str, float | None]:
@@ -33,12 +33,12 @@ def gemm_tflops(hidden: Tensor, weight: Tensor, timer: Timer) -> dict[str, float
     """
     flops = 2.0 * len(hidden) * weight.numel()
     results = {"gemm_tflops": {}, "gemm_fp32_out_tflops": {"out_dtype": torch.float32}}
-    found: dict[str, float | None] = {}
+    rates: dict[str, float | None] = {}
     for name, options in results.items():
         out, _ = attempt(lambda options=options: torch.mm(hidden, weight.t(), **options))
         if out is None:
-            found[name] = None
+            rates[name] = None
             continue
         per_ms = rate(flops, lambda options=options, out=out: torch.mm(hidden, weight.t(), out=out, **options), timer)
-        found[name] = None if per_ms is None else per_ms / 1e9
-    return found
+        rates[name] = None if per_ms is None else per_ms / 1e9
+    return rates

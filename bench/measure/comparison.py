@@ -75,10 +75,10 @@ class Comparison(ABC):
         Raises:
             RuntimeError: one has none: an entry that leaves out the work would be the fastest.
         """
-        wanted = {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
-        if absent := [name for name, grad in wanted.items() if grad is None]:
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+        if absent := [name for name, grad in gradients.items() if grad is None]:
             raise RuntimeError(f"it gives no {' and no '.join(absent)}")
-        return {name: grad for name, grad in wanted.items() if grad is not None}
+        return {name: grad for name, grad in gradients.items() if grad is not None}
 
     @cached_property
     def truth(self) -> Truth:

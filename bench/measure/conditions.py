@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ PACKAGES += ("peft", "accelerate")
 
 def environment(device: str, command: str, commit: str | None = None) -> dict[str, object]:
     """Taken before the run; `commit` where the tree is a copy without its history."""
-    found: dict[str, object] = {
+    conditions: dict[str, object] = {
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -30,7 +31,7 @@ def environment(device: str, command: str, commit: str | None = None) -> dict[st
         "date": time.strftime("%Y-%m-%d"),
         "load_average_at_start": os.getloadavg()[0],
     }
-    return found | _cuda() if device == "cuda" else found
+    return conditions | _cuda() if device == "cuda" else conditions
 
 
 def _cuda() -> dict[str, object]:
@@ -48,13 +49,11 @@ def _cuda() -> dict[str, object]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _commit() -> str:

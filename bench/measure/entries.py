@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,9 +21,13 @@ class Entry:
     """One implementation.
 
     Attributes:
-        run: what is called; its arguments are the comparison's (`bench.peers`, `bench.dpo_peers`).
+        run: what is called; its arguments are the benchmark's (the first line of its `peers.py`).
         settings: environment variables while it runs, backward included.
         softcap: it takes one; dtypes: those that it takes, None for all.
+        products: by mode, the products of N x H x V that its algorithm needs, as its source does it; None: not known,
+            or a matter of the data (what a filter skips).
+        tile_bytes: (mode, bytes of an operand) -> bytes through device memory for each element of N x V (`bounds.py`);
+            None: not counted.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Entry:
     settings: dict[str, str] = field(default_factory=dict)
     softcap: bool = True
     dtypes: tuple[str, ...] | None = None
+    products: Mapping[str, int] | None = None
+    tile_bytes: Callable[[str, int], int] | None = None
 
     def obstacle(self, dtype: str, softcap: float | None) -> str | None:
         """Why it cannot take such inputs."""
@@ -64,7 +70,7 @@ class Factory:
     devices: Collection[str] = ("cpu", "cuda")
 
 
-def found(factories: Collection[Factory], device: str, names: Collection[str] | None = None) -> dict[str, Entry]:
+def make_entries(factories: Collection[Factory], device: str, names: Collection[str] | None = None) -> dict[str, Entry]:
     """name -> entry, of those asked for (by default the device's own); what is not there is named in the log."""
     entries = {}
     for factory in factories:

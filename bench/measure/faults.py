@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from .missing import OUT_OF_MEMORY
+
 T = TypeVar("T")
 
 
@@ -24,10 +26,10 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def out_of_memory(reason: BaseException) -> str | None:
-    """ "out of memory" if that is what it says: torch's own error, a driver's as Triton words it, or a CPU's."""
+    """`OUT_OF_MEMORY` if that is what it says: torch's own error, a driver's as Triton words it, or a CPU's."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    told = isinstance(reason, torch.OutOfMemoryError | MemoryError) or any(word in str(reason) for word in words)
-    return "out of memory" if told else None
+    is_it = isinstance(reason, torch.OutOfMemoryError | MemoryError) or any(word in str(reason) for word in words)
+    return OUT_OF_MEMORY if is_it else None
 
 
 def device_lost(device: str) -> str | None:

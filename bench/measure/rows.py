@@ -12,6 +12,7 @@ from .bounds import Work
 from .comparison import AnyCase, Comparison
 from .entries import Entry
 from .faults import attempt
+from .missing import NO_TIME, SAME_PATH, WRONG, Missing
 from .timing import Budget, Rounds, Timer, interleaved, peak_mib
 from .traffic import Traffic
 
@@ -83,18 +84,6 @@ class Row:
         }
 
 
-@dataclass(frozen=True)
-class Missing:
-    """An entry, or with entry "" a whole case, that was not measured, and why."""
-
-    case: str
-    entry: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.case}: {f'{self.entry}: ' if self.entry else ''}{self.reason}"
-
-
 def quantile(values: list[float], q: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
@@ -119,7 +108,7 @@ def measure_case(
     missing: dict[str, str] = {}
     check = functools.partial(_checked, case, comparison, truth, by_eager, timer, rows)
     for entry in entries.values():
-        row, reason = (None, "no time left") if budget.over else check(entry)
+        row, reason = (None, NO_TIME) if budget.over else check(entry)
         if row is None:
             missing[entry.name] = reason
         else:
@@ -132,9 +121,9 @@ def measure_case(
     for key, taken in times.items():
         rows[key].times = taken
         if not taken:
-            missing[key] = "no time left"
-    found = [row for row in rows.values() if row.times]
-    return found, [Missing(case.name, key, missing[key]) for key in entries if key in missing]
+            missing[key] = NO_TIME
+    measured = [row for row in rows.values() if row.times]
+    return measured, [Missing(case.name, key, missing[key]) for key in entries if key in missing]
 
 
 def _checked(
@@ -154,7 +143,7 @@ def _checked(
     if planned is None:
         return None, reason
     if entry.settings and any(row.work == planned[0] for row in rows.values()):
-        return None, "the default's own path"  # a forced form of ours is not timed twice
+        return None, SAME_PATH  # a forced form of ours
 
     moved = None if planned[0] is None else planned[0].tile_bytes
 
@@ -169,12 +158,12 @@ def _checked(
         timer.wait()
         return truth.errors(outputs), truth.row_errors(outputs)
 
-    found, reason = attempt(run)
-    if found is None:
+    errors, reason = attempt(run)
+    if errors is None:
         return None, reason
-    error, row_errors = found
+    error, row_errors = errors
     if not passes(error, by_eager):
-        return None, f"({entry.version}) failed the oracle, not timed: {error}, eager {by_eager}"
+        return None, f"({entry.version}) {WRONG}, not timed: {error}, eager {by_eager}"
     peak, reason = attempt(lambda: peak_mib(lambda: comparison.step(entry, case.mode), timer.device))
     if peak is None:
         return None, reason

@@ -14,7 +14,7 @@ from ..measure.comparison import Comparison
 from ..measure.entries import Entry, Factory, LeftOut
 from ..measure.faults import out_of_memory
 from ..measure.timing import Timer, peak_mib
-from ..session import InputCase, comparison_of, group_key
+from ..session import InputCase, comparison_of, without_mode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 3
@@ -26,7 +26,7 @@ def measure(benchmark: Any) -> Callable[[InputCase, Factory], None]:
 
     def run(case: InputCase, factory: Factory) -> None:
         entry = _made(factory)
-        comparison = _comparison(group_key(case))
+        comparison = _comparison(without_mode(case))
         obstacle = entry.obstacle(case.dtype, comparison.softcap)
         if obstacle is not None:
             pytest.skip(obstacle)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ..linear_logprob.cases import cases
+from ..linear_logprob.cases import logprob_cases
 from ..linear_logprob.peers import FACTORIES
 from ..measure.entries import Factory
 from ..session import InputCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = cases(DEVICE, quick=True)
+CASES = logprob_cases(DEVICE, quick=True)
 ENTRIES = [factory for factory in FACTORIES if DEVICE in factory.devices]
 
 

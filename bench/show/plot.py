@@ -12,6 +12,7 @@ from typing import Any
 
 from fastdpo.files import write_atomic
 
+from ..measure.missing import OUT_OF_MEMORY
 from ..train_step import plot
 from . import sentences
 
@@ -100,18 +101,18 @@ def _lines(record: dict[str, Any]) -> Any:
     modes = [mode for mode in MODES if any(series(rows, mode, axis) for axis in AXES)]
     if not modes:
         raise ValueError("no shape was measured at two N or two V: run with --plot")
-    shown = [found for mode in modes for axis in AXES if (found := series(rows, mode, axis))]
-    drawn = {row["entry"]: row["version"] for found in shown for row in found.rows}
-    style = {entry: index for index, entry in enumerate(drawn)}
+    drawn = [points for mode in modes for axis in AXES if (points := series(rows, mode, axis))]
+    versions = {row["entry"]: row["version"] for points in drawn for row in points.rows}
+    style = {entry: index for index, entry in enumerate(versions)}
     figure = Figure(figsize=(10, 1.6 + 5.6 * len(modes)), dpi=100, layout="constrained")
     panels = figure.subplots(2 * len(modes), len(AXES), squeeze=False)
     for m, mode in enumerate(modes):
         for a, axis in enumerate(AXES):
-            found = series(rows, mode, axis)
+            points = series(rows, mode, axis)
             for k, kind in enumerate(("time", "memory")):
-                _panel(panels[2 * m + k][a], found, kind, mode, axis, style)
+                _panel(panels[2 * m + k][a], points, kind, mode, axis, style)
     handles = {str(line.get_label()): line for panel in figure.axes for line in panel.get_lines()}
-    labels = [f"{entry} ({drawn[entry]})" for entry in handles]
+    labels = [f"{entry} ({versions[entry]})" for entry in handles]
     figure.legend(
         list(handles.values()),
         labels,
@@ -124,20 +125,20 @@ def _lines(record: dict[str, Any]) -> Any:
     return figure
 
 
-def _panel(panel: Any, found: Series | None, kind: str, mode: str, axis: str, style: dict[str, int]) -> None:
+def _panel(panel: Any, points: Series | None, kind: str, mode: str, axis: str, style: dict[str, int]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     panel.set_xlabel(AXES[axis])
     panel.set_ylabel("median ms" if kind == "time" else "peak MiB above inputs")
-    if found is None:
+    if points is None:
         panel.set_axis_off()
         panel.text(
             0.5, 0.5, f"{MODES[mode]}:\nonly one {AXES[axis][-1]} was measured", ha="center", transform=panel.transAxes
         )
         return
-    panel.set_title(f"{MODES[mode]}; {found.common}", fontsize=9)
+    panel.set_title(f"{MODES[mode]}; {points.common}", fontsize=9)
     for entry, index in style.items():
-        rows = [row for row in found.rows if row["entry"] == entry]
+        rows = [row for row in points.rows if row["entry"] == entry]
         if not rows:
             continue
         x = [row[axis] for row in rows]
@@ -149,7 +150,7 @@ def _panel(panel: Any, found: Series | None, kind: str, mode: str, axis: str, st
             panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    ticks = sorted({row[axis] for row in found.rows})
+    ticks = sorted({row[axis] for row in points.rows})
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -159,14 +160,13 @@ def _panel(panel: Any, found: Series | None, kind: str, mode: str, axis: str, st
 
 
 def _caption(record: dict[str, Any]) -> str:
-    memory = sorted({m["entry"] for m in record.get("missing", ()) if m["reason"] == "out of memory" and m["entry"]})
+    memory = sorted({m["entry"] for m in record.get("missing", ()) if m["reason"] == OUT_OF_MEMORY and m["entry"]})
     lost = f" Lines that end early ran out of memory: {', '.join(memory)}." if memory else ""
     conditions = sentences.conditions(record["environment"])
     what = "Medians; the band is the 20th to the 80th percentile."
     if record["case"] == "train_step":
         what = "Of the best round." if record["clock"] == "best_ms" else "Of the median round."
-    told = f"{what} {conditions}.{lost} {sentences.on_a_cpu(record)}"
-    return told.rstrip()
+    return f"{what} {conditions}.{lost} {sentences.on_a_cpu(record)}".rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from fastdpo.files import write_atomic
 
-from ..arguments import CASES
+from ..arguments import BENCHMARKS
+from ..measure.missing import in_a_cell, reasons
 from ..train_step import tables
 from . import plot, sentences
 
@@ -19,14 +20,14 @@ START, END = "<!-- rendered by python -m bench.show.readme from bench/results --
 CUDA_START = "<!-- rendered by python -m bench.show.readme from bench/results: cuda -->"
 CUDA_TOKENS = 4096  # a page shows one N, the JSON has all
 # the pages that show results, and which benchmarks each shows
-PAGES = {"README.md": ("train_step",), "docs/benchmarks.md": CASES}
+PAGES = {"README.md": ("train_step",), "docs/benchmarks.md": BENCHMARKS}
 HEADER = {"linear_logprob": "N x H x V, dtype, mode", "dpo_loss": "pairs, T x H x V, dtype, mode"}
 Record = dict[str, Any]
 
 
-def newest(device: str, case: str = "linear_logprob") -> Path | None:
-    found = sorted(RESULTS.glob(f"{case}_{device}_[0-9]*.json"))
-    return found[-1] if found else None
+def newest(device: str, benchmark: str = "linear_logprob") -> Path | None:
+    results = sorted(RESULTS.glob(f"{benchmark}_{device}_[0-9]*.json"))
+    return results[-1] if results else None
 
 
 def table(path: Path) -> str:
@@ -36,15 +37,14 @@ def table(path: Path) -> str:
         return _training(path, record)
     rows = [row for row in record["rows"] if not row.get("sweep")]
     entries = list(dict.fromkeys(row["entry"] for row in rows))
-    absent = _absent(record)
+    why = reasons(record)
     lines = _head(HEADER[record["case"]], (f"{name}: ms, peak MiB, error" for name in entries))
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = {row["entry"]: row for row in rows if row["case"] == case}
         own = cells.get("fastdpo")
-        texts = [_cell(cells.get(name), own, "best_ms", 0) or _why(absent.get((case, name))) for name in entries]
+        texts = [_cell(cells.get(name), own, "best_ms", 0) or in_a_cell(why.get((case, name))) for name in entries]
         lines.append(f"| {case} | " + " | ".join(texts) + " |")
-    told = sentences.on_a_cpu(record)
-    lines += ["", f"{sentences.conditions(record['environment'], _versions(rows))}.", *([told] if told else [])]
+    lines += ["", f"{sentences.conditions(record['environment'], _versions(rows))}.", *_ratios_of_a_cpu(record)]
     return "\n".join([*lines, *_largest(record), *_figure(path, record)])
 
 
@@ -56,14 +56,14 @@ def cuda_table(path: Path) -> str:
     rows = [row for row in record["rows"] if row["dtype"] == "bf16" and row.get("n", CUDA_TOKENS) == CUDA_TOKENS]
     rows = [row for row in rows if not row.get("sweep")]
     entries = list(dict.fromkeys(row["entry"] for row in rows))
-    absent = _absent(record)
+    why = reasons(record)
     lines = _head("head, mode", (f"{name}: ms, peak MiB, error" for name in entries))
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = {row["entry"]: row for row in rows if row["case"] == case}
         own, one = cells.get("fastdpo"), next(iter(cells.values()))
-        texts = [_cell(cells.get(name), own, "median_ms", 2) or _why(absent.get((case, name))) for name in entries]
+        texts = [_cell(cells.get(name), own, "median_ms", 2) or in_a_cell(why.get((case, name))) for name in entries]
         lines.append(f"| {one['head']} ({one['h']} x {one['v']}) {one['mode']} | " + " | ".join(texts) + " |")
-    shown = "" if record["complete"] and not absent else f" Not everything was measured: {path.name} says what."
+    shown = "" if record["complete"] and not why else f" Not everything was measured: {path.name} says what."
     conditions = sentences.conditions(record["environment"], _versions(rows))
     lines += ["", f"{_size(rows)}, bf16, medians; {conditions}.{shown}"]
     return "\n".join([*lines, *_largest(record), *_figure(path, record)])
@@ -71,14 +71,18 @@ def cuda_table(path: Path) -> str:
 
 def _training(path: Path, record: Record) -> str:
     """Markdown: whole trainers' steps, and the conditions; then the figure."""
-    all_there = record["complete"] and not _absent(record)
+    all_there = record["complete"] and not reasons(record)
     shown = "" if all_there else f" Not everything was measured: {path.name} says what."
     clock = "best" if record["clock"] == "best_ms" else "median"
-    told = sentences.on_a_cpu(record)
     conditions = sentences.conditions(record["environment"], _versions(record["rows"]))
     what = f"Pairs per second of the {clock} round; MiB: a step's peak + weights, reference and optimizer at rest"
     lines = ["", f"{what}. {conditions}.{shown}"]
-    return "\n".join([*tables.markdown(record), *lines, *([told] if told else []), *_figure(path, record)])
+    return "\n".join([*tables.markdown(record), *lines, *_ratios_of_a_cpu(record), *_figure(path, record)])
+
+
+def _ratios_of_a_cpu(record: Record) -> list[str]:
+    sentence = sentences.on_a_cpu(record)
+    return [sentence] if sentence else []
 
 
 def _head(first: str, others: Any) -> list[str]:
@@ -88,7 +92,7 @@ def _head(first: str, others: Any) -> list[str]:
 
 def _largest(record: Record) -> list[str]:
     """The largest N of each entry, where the record has it."""
-    fits, absent = record.get("largest", []), _absent(record)
+    fits, why = record.get("largest", []), reasons(record)
     if not fits:
         return []
     entries = list(dict.fromkeys(fit["entry"] for fit in fits))
@@ -103,7 +107,7 @@ def _largest(record: Record) -> list[str]:
     for case in dict.fromkeys(fit["case"] for fit in fits):
         cells = {fit["entry"]: fit for fit in fits if fit["case"] == case}
         one = next(iter(cells.values()))
-        texts = [_fit(cells.get(name)) or _why(absent.get((case, name))) for name in entries]
+        texts = [_fit(cells.get(name)) or in_a_cell(why.get((case, name))) for name in entries]
         pairs = f", pairs of {one['length']} positions" if one.get("length") else ""
         lines.append(f"| {one['h']} x {one['v']}{pairs}, {one['dtype']} {one['mode']} | {' | '.join(texts)} |")
     return lines
@@ -134,14 +138,6 @@ def _cell(row: dict[str, Any] | None, own: dict[str, Any] | None, clock: str, di
     return f"{row[clock]:.{digits}f}{ratio}, {row['peak_mib']:.0f}, {error:.0e}"
 
 
-def _absent(record: Record) -> dict[tuple[str, str], str]:
-    return {(m["case"], m["entry"]): m["reason"] for m in record.get("missing", ())}
-
-
-def _why(reason: str | None) -> str:
-    return "failed the oracle" if reason and "failed the oracle" in reason else reason or "-"
-
-
 def _size(rows: list[dict[str, Any]]) -> str:
     pairs = {f"{row['pairs']} pairs of {row['length']} positions" for row in rows if "pairs" in row}
     return ", ".join(sorted(pairs)) or f"{CUDA_TOKENS} scored tokens"
@@ -151,9 +147,9 @@ def _versions(rows: list[dict[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(row["version"] for row in rows))
 
 
-def shown(cases: Collection[str] = CASES) -> list[Path]:
+def shown(benchmarks: Collection[str] = BENCHMARKS) -> list[Path]:
     """The results of some benchmarks that pages show."""
-    return [path for device in ("cpu", "cuda") for case in cases if (path := newest(device, case))]
+    return [path for device in ("cpu", "cuda") for name in benchmarks if (path := newest(device, name))]
 
 
 def rendered(text: str, page: str = "docs/benchmarks.md") -> str:
@@ -171,8 +167,8 @@ def rendered(text: str, page: str = "docs/benchmarks.md") -> str:
 
 
 def _without_cuda(text: str) -> str:
-    before, found, rest = text.partition(CUDA_START)
-    return before.rstrip("\n") + rest.partition(END)[2] if found else text
+    before, marker, rest = text.partition(CUDA_START)
+    return before.rstrip("\n") + rest.partition(END)[2] if marker else text
 
 
 def main() -> int:

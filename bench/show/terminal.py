@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from ..largest import Fit
 from ..linear_logprob.cases import Growth
 from ..measure.comparison import AnyCase
-from ..measure.rows import Missing, Row
-from ..record import Report
+from ..measure.missing import Missing
+from ..measure.rows import Row
+from ..record import Record
 
 RATES = {
     "GEMM {:.4g} TF/s": "gemm_tflops",
@@ -26,7 +27,7 @@ class Column(NamedTuple):
 
 
 def table(case: AnyCase, rows: Sequence[Row], missing: Sequence[Missing], clock: str) -> str:
-    """One line per entry. `clock` ("best_ms" or "median_ms") is what the ratios in the last column are of."""
+    """One line per entry. `clock` ("best_ms" or "median_ms"): the time that the last column's ratios are made of."""
     title = f"\n{case.name}" + (f"  ({case.head})" if case.head else "")
     lines = [title]
     if rows:
@@ -59,10 +60,10 @@ def _columns(row: Row, clock: str) -> list[Column]:
 
 def _line(row: Row, own: Row | None, clock: str) -> str:
     s = row.summary()
-    spread = f"{s['p20_ms']:.4g} - {s['p80_ms']:.4g}"
+    p20_p80 = f"{s['p20_ms']:.4g} - {s['p80_ms']:.4g}"
     line = f"  {row.entry:20}"
     for column in _columns(row, clock):
-        line += _text(s[column.key], column.form, column.width) if column.key else f"{spread:>{column.width}}"
+        line += _text(s[column.key], column.form, column.width) if column.key else f"{p20_p80:>{column.width}}"
     line += "".join(f"{error:9.0e}" for error in row.error.values())
     line += _text(row.row_errors.get("share_within"), ".0%", 9)
     return line if own is None or row is own else f"{line}  {s[clock] / own.summary()[clock]:.2f} x"
@@ -86,9 +87,9 @@ def growth_table(case: Growth, fits: Sequence[Fit], missing: Sequence[Missing]) 
     return "\n".join(lines + [f"  {m.entry or 'all'}: {m.reason}" for m in missing])
 
 
-def summary(report: Report) -> str:
+def summary(record: Record) -> str:
     """One line per case that is no point of a plot: times and peaks, of others as ratios to ours."""
-    rows = [row for row in report.rows if not getattr(report.cases[row.case], "sweep", False)]
+    rows = [row for row in record.rows if not getattr(record.cases[row.case], "sweep", False)]
     entries = list(dict.fromkeys(row.entry for row in rows))
     if not rows or len(entries) > 5:
         return ""
@@ -97,7 +98,7 @@ def summary(report: Report) -> str:
     for case in dict.fromkeys(row.case for row in rows):
         cells = {row.entry: row for row in rows if row.case == case}
         own = cells.get("fastdpo")
-        texts = (_cell(cells.get(name), own, report.clock) for name in entries)
+        texts = (_cell(cells.get(name), own, record.clock) for name in entries)
         lines.append(f"{case:{width}}" + "".join(f"{text:>24}" for text in texts))
     return "\n".join(lines)
 
@@ -110,15 +111,15 @@ def _cell(row: Row | None, own: Row | None, clock: str) -> str:
     return f"{time}, {row.peak_mib:.0f} MiB"
 
 
-def over_trl(report: Report, tokens: int) -> str:
+def over_trl(record: Record, tokens: int) -> str:
     """Of each of our forms at that N: how many times faster than TRL, what both bounds say is possible, how close to
     its own bound it is, and its peak memory over TRL's."""
     lines = []
-    for trl in (row for row in report.rows if row.entry == "trl"):
-        case = report.cases[trl.case]
+    for trl in (row for row in record.rows if row.entry == "trl"):
+        case = record.cases[trl.case]
         if getattr(case, "n", None) != tokens:
             continue
-        for own in (row for row in report.rows if row.case == trl.case and row.entry.startswith("fastdpo")):
+        for own in (row for row in record.rows if row.case == trl.case and row.entry.startswith("fastdpo")):
             ours, theirs = own.bound_ms, trl.bound_ms
             possible = (
                 f"{theirs / ours:9.2f} x{ours / own.median_ms:10.0%}" if ours and theirs else f"{'-':>11}{'-':>10}"

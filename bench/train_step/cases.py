@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 YARDSTICK = "trl"  # the entry that the others are checked against
-NO_ROOM = "no room beside the others"  # why an entry is not measured on a model
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A Llama's or Qwen2's sizes, under the names of their configuration."""
 
     family: str  # "llama" or "qwen2"
@@ -24,11 +23,11 @@ class Shape:
 
 
 SHAPES = {
-    "Llama 2x64": Shape("llama", 64, 160, 2, 4, 2, 6400),
-    "Llama 4x256": Shape("llama", 256, 688, 4, 8, 4, 6400),
-    "Qwen2.5-0.5B": Shape("qwen2", 896, 4864, 24, 14, 2, 151936, True),
-    "Llama-3.2-1B": Shape("llama", 2048, 8192, 16, 32, 8, 128256, True),
-    "Llama-3.1-8B": Shape("llama", 4096, 14336, 32, 32, 8, 128256),
+    "Llama 2x64": ModelShape("llama", 64, 160, 2, 4, 2, 6400),
+    "Llama 4x256": ModelShape("llama", 256, 688, 4, 8, 4, 6400),
+    "Qwen2.5-0.5B": ModelShape("qwen2", 896, 4864, 24, 14, 2, 151936, True),
+    "Llama-3.2-1B": ModelShape("llama", 2048, 8192, 16, 32, 8, 128256, True),
+    "Llama-3.1-8B": ModelShape("llama", 4096, 14336, 32, 32, 8, 128256),
 }
 
 
@@ -91,18 +90,18 @@ def train_cases(device: str, quick: bool, folder: Path | None = None, inputs: st
         sizes, dtype = (CPU_QUICK if quick else CPU_SIZES), "fp32"
     else:
         sizes, dtype = (CUDA_QUICK if quick else CUDA_SIZES), "bf16"
-    found = []
+    cases = []
     for model, pairs, length, steps, mode in sizes:
         shape = SHAPES[model]
         room = ROOM.get((model, mode), ())
         sized = (shape.hidden_size, shape.vocab_size, pairs, length, steps, dtype, mode, inputs)
-        found.append(TrainCase(model, *sized, entries=room))
+        cases.append(TrainCase(model, *sized, entries=room))
     if folder is not None:
         config = _config(folder)
         pairs, length, steps = FOLDER_SIZES[device, quick]
         sized = (config["hidden_size"], config["vocab_size"], pairs, length, steps, dtype, "lora", inputs)
-        found.append(TrainCase(folder.resolve().name, *sized, folder=str(folder)))
-    return found
+        cases.append(TrainCase(folder.resolve().name, *sized, folder=str(folder)))
+    return cases
 
 
 def _config(folder: Path) -> dict[str, Any]:

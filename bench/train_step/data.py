@@ -13,7 +13,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PAIRS = DATA / "dpo_en_demo.json"
 TOKENIZER = DATA / "minimind_tokenizer"
 FULL = 1024  # max_length of the table below
-# tokens of prompt, chosen and rejected: `spread` over the pairs of dpo_en_demo.json whose prompt is under 1,024 tokens
+# tokens of prompt, chosen and rejected: `evenly` from the pairs of dpo_en_demo.json whose prompt is under 1,024 tokens
 LENGTHS = (
     *((55, 32, 75), (177, 11, 9), (118, 106, 58), (31, 296, 37), (208, 4, 229), (310, 16, 136), (255, 88, 183)),
     *((54, 264, 277), (28, 462, 145), (591, 99, 5), (67, 295, 370), (136, 204, 449), (61, 340, 424), (541, 191, 110)),
@@ -23,14 +23,14 @@ LENGTHS = (
 )
 WORDS = 4096  # of the synthetic pairs' vocabulary
 # in words, for a result's conditions
-TOLD = {
+DESCRIPTIONS = {
     "real": f"pairs of {PAIRS.name}, spread over its lengths",
     "synthetic": f"random words with the lengths of real pairs ({PAIRS.name} is not here)",
 }
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairRows:
     """`rows`: text or messages under prompt, chosen and rejected."""
 
     rows: Dataset
@@ -42,7 +42,7 @@ def kind() -> str:
     return "real" if PAIRS.is_file() and TOKENIZER.is_dir() else "synthetic"
 
 
-def make_pairs(inputs: str, count: int, length: int, folder: str = "") -> Pairs:
+def make_pairs(inputs: str, count: int, length: int, folder: str = "") -> PairRows:
     """`count` pairs for a `max_length`, spread evenly over the lengths that there are; the tokenizer is `folder`'s."""
     if inputs == "synthetic":
         return synthetic_pairs(count, length, folder)
@@ -52,7 +52,7 @@ def make_pairs(inputs: str, count: int, length: int, folder: str = "") -> Pairs:
     return real_pairs(count, length, tokenizer)
 
 
-def real_pairs(count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> Pairs:
+def real_pairs(count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> PairRows:
     """Of the demo pairs. Those whose prompt alone fills `length` are no choice: trainers drop them."""
     from fastdpo.data.formats import load_preferences
     from fastdpo.data.tokenize_dataset import tokenize_dataset
@@ -62,11 +62,11 @@ def real_pairs(count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> P
     columns = (cast("list[list[int]]", cast(Any, tokens)[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
     sizes = [tuple(map(len, parts)) for parts in zip(*columns, strict=True)]
     usable = sorted((sum(size), index) for index, size in enumerate(sizes) if size[0] < length)
-    chosen = [index for _, index in mixed(spread(usable, count))]
-    return Pairs(rows.select(chosen), tokenizer)
+    chosen = [index for _, index in mixed(evenly(usable, count))]
+    return PairRows(rows.select(chosen), tokenizer)
 
 
-def synthetic_pairs(count: int, length: int, folder: str = "") -> Pairs:
+def synthetic_pairs(count: int, length: int, folder: str = "") -> PairRows:
     """Words drawn at random, one token each, of the lengths in the table, scaled to `length`."""
     tokenizer = word_tokenizer()
     words = [f"w{index}" for index in range(WORDS)]
@@ -83,12 +83,12 @@ def synthetic_pairs(count: int, length: int, folder: str = "") -> Pairs:
 
     rows = [
         {name: text(tokens) for name, tokens in zip(("prompt", "chosen", "rejected"), sizes, strict=True)}
-        for sizes in mixed(spread(LENGTHS, count))
+        for sizes in mixed(evenly(LENGTHS, count))
     ]
-    return Pairs(Dataset.from_list(rows), tokenizer)
+    return PairRows(Dataset.from_list(rows), tokenizer)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
     """`count` of the items, the middles of as many equal parts; some more than once where there are fewer."""
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 

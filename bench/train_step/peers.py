@@ -33,12 +33,12 @@ class Setup:
     arguments: Mapping[str, Any]
 
 
-def trainer_of(trainer: type, config: type, setup: Setup, **more: Any) -> Trainer:
+def trainer_of(trainer: type, config: type, setup: Setup, **own: Any) -> Trainer:
     """Both libraries' trainers are made alike."""
     return trainer(
         setup.policy,
         setup.reference,
-        config(**setup.arguments, **more),
+        config(**setup.arguments, **own),
         train_dataset=setup.rows,
         processing_class=setup.tokenizer,
         peft_config=setup.adapter,
@@ -50,8 +50,8 @@ def _own(name: str) -> Entry:
 
     layout = name.partition(" ")[2]
     # TRL's trainer writes no such files, and a picture takes longer than a step
-    more = {"metric_files": False, **({"batch_layout": layout} if layout else {})}
-    return Entry(name, own_version(), partial(trainer_of, DPOTrainer, DPOConfig, **more))
+    own = {"metric_files": False, **({"batch_layout": layout} if layout else {})}
+    return Entry(name, own_version(), partial(trainer_of, DPOTrainer, DPOConfig, **own))
 
 
 def _trl(name: str) -> Entry:

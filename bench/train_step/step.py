@@ -17,16 +17,17 @@ from typing import Any
 import datasets
 import transformers
 
-from ..measure.entries import Entry, found
+from ..measure.entries import Entry, make_entries
 from ..measure.faults import attempt
-from ..measure.rows import Missing, Row
+from ..measure.missing import NO_ROOM, NO_TIME, WRONG, Missing
+from ..measure.rows import Row
 from ..measure.timing import MIB, Budget, Peak, Rounds, Timer, interleaved
 from . import peers
-from .cases import NO_ROOM, YARDSTICK, TrainCase
+from .cases import YARDSTICK, TrainCase
 from .counts import positions, resting_bytes, waits
-from .data import Pairs, make_pairs
+from .data import PairRows, make_pairs
 from .peers import Models, Setup
-from .turns import Turns
+from .turns import StepByStep
 
 # what is compared: of the loss and the rewards' margin the difference, of log-probs the difference over their size
 COMPARED = {"loss": "loss", "margin": "rewards/margins", "logp": "logps/chosen", "logp rejected": "logps/rejected"}
@@ -36,7 +37,7 @@ TOLERANCES = {
     "fp32": {"loss": 2e-4, "margin": 4e-4, "logp": 1e-5, "logp rejected": 1e-5},
     "bf16": {"loss": 2e-2, "margin": 4e-2, "logp": 1e-3, "logp rejected": 1e-3},
 }
-NO_TIME = "no time left"
+NO_YARDSTICK = "nothing to check against"
 MOVED = 10  # times its tolerance, which the yardstick's margin has to reach: else nothing is checked
 START = math.log(2)  # of a loss whose policy is its reference
 
@@ -84,13 +85,15 @@ class Trained:
         logs: of each step of the first epoch, once `first_epoch` has run.
     """
 
-    def __init__(self, case: TrainCase, entry: Entry, models: Models, pairs: Pairs, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, case: TrainCase, entry: Entry, models: Models, pairs: PairRows, arguments: dict[str, Any]
+    ) -> None:
         self.case, self.entry = case, entry
         policy, reference = self._models = models.policy(), models.reference()
         setup = Setup(policy, reference, models.adapter(), pairs.rows, pairs.tokenizer, arguments)
         with entry.applied():
-            self.turns = Turns(entry.run(setup))
-        self.logs = self.turns.logs
+            self.steps = StepByStep(entry.run(setup))
+        self.logs = self.steps.logs
 
     def first_epoch(self, timer: Timer) -> TrainRow:
         """One row without its times and its errors."""
@@ -102,17 +105,17 @@ class Trained:
             return peaks[-1]
 
         with self.entry.applied(), positions(self._models) as seen:
-            self.turns.start()
+            self.steps.start()
             # the optimizer makes its state in the first step
-            self.turns.turn(1, lambda: counter)
-            resting = resting_bytes(self._models, self.turns.trainer.optimizer) / MIB
-            self.turns.turn(case.steps - 1, peak)
-        self.turns.log_every_step = False
+            self.steps.take(1, lambda: counter)
+            resting = resting_bytes(self._models, self.steps.trainer.optimizer) / MIB
+            self.steps.take(case.steps - 1, peak)
+        self.steps.log_every_step = False
         timer.wait()
         row = TrainRow(case.name, self.entry.name, self.entry.version, {}, peak_mib=max(p.mib for p in peaks))
         row.pairs, row.resting_mib, row.bounded = case.pairs, resting, device != "cpu"
         row.positions, row.host_reads = sum(seen) / case.steps, counter.count
-        row.batches = getattr(self.turns.trainer, "layout_description", "")
+        row.batches = getattr(self.steps.trainer, "layout_description", "")
         row.losses = [log["loss"] for log in self.logs]
         row.margins = [log["rewards/margins"] for log in self.logs]
         row.tolerance = TOLERANCES[case.dtype]
@@ -120,7 +123,7 @@ class Trained:
 
     def epoch(self) -> None:
         with self.entry.applied():
-            self.turns.turn(self.case.steps)
+            self.steps.take(self.case.steps)
 
 
 def measure_training(
@@ -134,35 +137,35 @@ def measure_training(
         cleanup.enter_context(_quiet())
         with Peak(timer.device):
             pass  # the profiler is to be started first by the thread that loaded it
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
-        steps = case.steps * (rounds.most + 2) + 1
-        arguments = peers.arguments(case, timer.device, steps, folder)
-        made, failure = attempt(lambda: _inputs(case, timer.device))
-        yardstick = entries.get(YARDSTICK) or found(peers.FACTORIES, timer.device, [YARDSTICK]).get(YARDSTICK)
-        if made is None or yardstick is None:
-            reason = f"no inputs: {failure}" if made is None else f"nothing to check against: {YARDSTICK} is not here"
+        yardstick = entries.get(YARDSTICK) or make_entries(peers.FACTORIES, timer.device, [YARDSTICK]).get(YARDSTICK)
+        inputs, failure = attempt(lambda: _inputs(case, timer.device))
+        if inputs is None or yardstick is None:
+            reason = f"no inputs: {failure}" if inputs is None else f"{NO_YARDSTICK}: {YARDSTICK} is not here"
             return [], [Missing(case.name, "", reason)]
-        missing: dict[str, str] = {}
+        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+        arguments = peers.arguments(case, timer.device, case.steps * (rounds.most + 2) + 1, folder)
         trained: dict[str, Trained] = {}
-        cleanup.callback(lambda: [one.turns.end() for one in trained.values()])
+        missing: dict[str, str] = {}
+        cleanup.callback(lambda: [trainer.steps.end() for trainer in trained.values()])
+        others = [entry for entry in entries.values() if entry.name != YARDSTICK]
         # all are made before one runs: accelerate's state is one for the process, and is made anew with each
-        for entry in (yardstick, *(entry for entry in entries.values() if entry.name != YARDSTICK)):
+        for entry in (yardstick, *others):
             if case.entries and entry.name not in case.entries:
                 missing[entry.name] = NO_ROOM
                 continue
             # one run in a folder at a time, and all of them train by turns
             own = {**arguments, "output_dir": str(Path(folder, entry.name))}
-            one, reason = attempt(partial(Trained, case, entry, *made, own))
-            if one is None:
+            trainer, reason = attempt(partial(Trained, case, entry, *inputs, own))
+            if trainer is None:
                 missing[entry.name] = reason
             else:
-                trained[entry.name] = one
-        del made
+                trained[entry.name] = trainer
+        del inputs
         rows = _checked(trained, timer, budget, missing)
         if YARDSTICK not in rows:
             reason = missing.get(YARDSTICK, "")
-            told = reason if reason == NO_TIME else f"nothing to check against: {YARDSTICK}: {reason}"
-            return [], [Missing(case.name, "", told)]
+            whole = reason if reason == NO_TIME else f"{NO_YARDSTICK}: {YARDSTICK}: {reason}"
+            return [], [Missing(case.name, "", whole)]
         runs = {name: trained[name].epoch for name in entries if name in rows}
         each = Rounds(rounds.most)
         times, failed = interleaved(runs, each, timer, lambda: budget.over, warm_up=timer.device == "cuda")
@@ -191,7 +194,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _inputs(case: TrainCase, device: str) -> tuple[Models, Pairs]:
+def _inputs(case: TrainCase, device: str) -> tuple[Models, PairRows]:
     pairs = make_pairs(case.inputs, case.pairs * case.steps, case.length, case.folder)
     return Models(case, device), pairs
 
@@ -201,14 +204,14 @@ def _checked(trained: dict[str, Trained], timer: Timer, budget: Budget, missing:
     rows: dict[str, TrainRow] = {}
     if YARDSTICK not in trained:
         return rows
-    wanted = trained[YARDSTICK].logs
-    for name, one in list(trained.items()):
-        row, reason = (None, NO_TIME) if budget.over else attempt(partial(one.first_epoch, timer))
+    expected = trained[YARDSTICK].logs
+    for name, trainer in list(trained.items()):
+        row, reason = (None, NO_TIME) if budget.over else attempt(partial(trainer.first_epoch, timer))
         if row is not None:
-            reason = fault(row, one.logs, wanted)
+            reason = fault(row, trainer.logs, expected)
         if row is None or reason:
             missing[name] = reason
-            trained.pop(name).turns.end()
+            trained.pop(name).steps.end()
             if name == YARDSTICK:
                 break
         else:
@@ -216,27 +219,29 @@ def _checked(trained: dict[str, Trained], timer: Timer, budget: Budget, missing:
     return rows
 
 
-def fault(row: TrainRow, logs: Logs, wanted: Logs) -> str:
+def fault(row: TrainRow, logs: Logs, expected: Logs) -> str:
     """Why a trainer is not timed, or "". Its errors go into the row.
 
-    logs, wanted: its steps', and the yardstick's. The loss of the first step is that of two policies that are one.
+    logs, expected: its steps', and the yardstick's. The loss of the first step is that of two policies that are one.
     """
-    margin = max(abs(log[COMPARED["margin"]]) for log in wanted)
+    margin = max(abs(log[COMPARED["margin"]]) for log in expected)
     if not margin >= MOVED * row.tolerance["margin"]:
         return f"its rewards moved by {margin:.1e} only"
     row.error = {
-        name: max(_difference(log[key], right[key], name in RELATIVE) for log, right in zip(logs, wanted, strict=True))
+        name: max(
+            _difference(log[key], right[key], name in RELATIVE) for log, right in zip(logs, expected, strict=True)
+        )
         for name, key in COMPARED.items()
     }
     row.error["loss"] = max(row.error["loss"], abs(logs[0]["loss"] - START))
     # as it is written, a NaN is not within
     if all(row.error[name] <= limit for name, limit in row.tolerance.items()):
         return ""
-    losses, theirs = ([round(log["loss"], 5) for log in some] for some in (logs, wanted))
+    losses, theirs = ([round(log["loss"], 5) for log in steps] for steps in (logs, expected))
     errors = ", ".join(f"{name} {error:.1e} (at most {row.tolerance[name]:.0e})" for name, error in row.error.items())
-    return f"FAULT: ({row.version}) failed the oracle, not timed: {errors}; losses {losses}, {YARDSTICK}'s {theirs}"
+    return f"FAULT: ({row.version}) {WRONG}, not timed: {errors}; losses {losses}, {YARDSTICK}'s {theirs}"
 
 
-def _difference(found: float, wanted: float, relative: bool) -> float:
-    difference = abs(found - wanted) / (abs(wanted) or 1.0) if relative else abs(found - wanted)
+def _difference(value: float, expected: float, relative: bool) -> float:
+    difference = abs(value - expected) / (abs(expected) or 1.0) if relative else abs(value - expected)
     return difference if math.isfinite(difference) else math.inf

@@ -19,7 +19,7 @@ class _Ended(BaseException):
     """Leaves `train()` for good; nothing in it catches this."""
 
 
-class Turns(TrainerCallback):
+class StepByStep(TrainerCallback):
     """Gives a trainer turns of steps.
 
     A turn goes from where its first step begins to where the step after its last one would: the steps, what is logged
@@ -49,7 +49,7 @@ class Turns(TrainerCallback):
         self._thread.start()
         self._wait()
 
-    def turn(self, steps: int, during: During = nullcontext) -> None:
+    def take(self, steps: int, during: During = nullcontext) -> None:
         """`steps` steps; each of them runs inside a context that `during` makes, in the trainer's thread.
 
         Raises:

@@ -27,41 +27,40 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     unless the arguments ask for them; with_entry(name, function): one more entry in linear_logprob, beside ours and
     eager; logprobs(n, h, v, dtype, softcap): inputs.
     """
-    found = SimpleNamespace()
+    suite = SimpleNamespace()
     for name in MODULES:
         *folder, last = name.split(".")
-        room = found
+        room = suite
         for part in folder:
             if not hasattr(room, part):
                 setattr(room, part, SimpleNamespace())
             room = getattr(room, part)
         setattr(room, last, import_module(f"fastdpo.bench.{name}"))
-    monkeypatch.setattr(found.linear_logprob.cases, "CPU_SHAPES", [(40, 16, 700)])
-    monkeypatch.setattr(found.linear_logprob.cases, "CPU_QUICK", (40, 16, 700))
-    monkeypatch.setattr(found.dpo_loss.cases, "CPU_SHAPES", [(2, 24, 16, 700)])
-    monkeypatch.setattr(found.dpo_loss.cases, "CPU_QUICK", (2, 24, 16, 700))
+    logprobs, pairs, trainers = suite.linear_logprob, suite.dpo_loss, suite.train_step
+    monkeypatch.setattr(logprobs.cases, "CPU_SHAPES", [(40, 16, 700)])
+    monkeypatch.setattr(logprobs.cases, "CPU_QUICK", (40, 16, 700))
+    monkeypatch.setattr(pairs.cases, "CPU_SHAPES", [(2, 24, 16, 700)])
+    monkeypatch.setattr(pairs.cases, "CPU_QUICK", (2, 24, 16, 700))
     for quick in (True, False):
-        sweep = found.linear_logprob.cases.Sweep(20, 16, 300, (10, 20, 40), (150, 300, 600))
-        monkeypatch.setitem(found.linear_logprob.cases.SWEEPS, ("cpu", quick), sweep)
-        sweep = found.dpo_loss.cases.PairSweep(2, 16, 16, 300, (8, 16, 32), (150, 300, 600))
-        monkeypatch.setitem(found.dpo_loss.cases.SWEEPS, ("cpu", quick), sweep)
-        monkeypatch.setitem(found.linear_logprob.cases.MOST_TOKENS, ("cpu", quick), 1024)
-    monkeypatch.setitem(
-        found.train_step.cases.SHAPES, "toy", found.train_step.cases.Shape("llama", 16, 24, 1, 2, 1, 128)
-    )
+        sweep = logprobs.cases.Sweep(20, 16, 300, (10, 20, 40), (150, 300, 600))
+        monkeypatch.setitem(logprobs.cases.SWEEPS, ("cpu", quick), sweep)
+        sweep = pairs.cases.PairSweep(2, 16, 16, 300, (8, 16, 32), (150, 300, 600))
+        monkeypatch.setitem(pairs.cases.SWEEPS, ("cpu", quick), sweep)
+        monkeypatch.setitem(logprobs.cases.MOST_TOKENS, ("cpu", quick), 1024)
+    monkeypatch.setitem(trainers.cases.SHAPES, "toy", trainers.cases.ModelShape("llama", 16, 24, 1, 2, 1, 128))
     for name in ("CPU_SIZES", "CPU_QUICK"):
-        monkeypatch.setattr(found.train_step.cases, name, [("toy", 2, 64, 3, "full")])
-    monkeypatch.setitem(found.train_step.peers.LEARNING_RATES, "full", 3e-3)
+        monkeypatch.setattr(trainers.cases, name, [("toy", 2, 64, 3, "full")])
+    monkeypatch.setitem(trainers.peers.LEARNING_RATES, "full", 3e-3)
     # words of a small vocabulary, wherever the real pairs are
-    monkeypatch.setattr(found.train_step.data, "WORDS", 100)
-    monkeypatch.setattr(found.train_step.data, "PAIRS", ROOT / "absent.json")
-    monkeypatch.setattr(found.benchmark, "TRAIN_ROUNDS", 2)
-    rounds = found.measure.timing.Rounds(2, least=1, slice_ms=400)
-    monkeypatch.setitem(found.session.SETTINGS, "cpu", replace(found.session.SETTINGS["cpu"], rounds=rounds))
-    found.measured = _measured(found)
-    found.with_entry = _with_entry(found, monkeypatch)
-    found.logprobs = _logprobs(found)
-    return found
+    monkeypatch.setattr(trainers.data, "WORDS", 100)
+    monkeypatch.setattr(trainers.data, "PAIRS", ROOT / "absent.json")
+    monkeypatch.setattr(suite.benchmark, "TRAIN_ROUNDS", 2)
+    rounds = suite.measure.timing.Rounds(2, least=1, slice_ms=400)
+    monkeypatch.setitem(suite.session.SETTINGS, "cpu", replace(suite.session.SETTINGS["cpu"], rounds=rounds))
+    suite.measured = _measured(suite)
+    suite.with_entry = _with_entry(suite, monkeypatch)
+    suite.logprobs = _logprobs(suite)
+    return suite
 
 
 def _measured(bench: SimpleNamespace) -> Callable[..., tuple[int, dict[str, Any]]]:
@@ -77,19 +76,17 @@ def _measured(bench: SimpleNamespace) -> Callable[..., tuple[int, dict[str, Any]
 
 def _with_entry(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     def with_entry(name: str, function: Any) -> None:
-        factory = bench.measure.entries.Factory(
-            name, lambda name: bench.measure.entries.Entry(name, "version 1", function)
-        )
-        kept = [f for f in bench.linear_logprob.peers.FACTORIES if f.name in ("fastdpo", "eager") and f.name != name]
-        monkeypatch.setattr(bench.linear_logprob.peers, "FACTORIES", (*kept, factory))
+        entries, peers = bench.measure.entries, bench.linear_logprob.peers
+        factory = entries.Factory(name, lambda name: entries.Entry(name, "version 1", function))
+        kept = [f for f in peers.FACTORIES if f.name in ("fastdpo", "eager") and f.name != name]
+        monkeypatch.setattr(peers, "FACTORIES", (*kept, factory))
 
     return with_entry
 
 
 def _logprobs(bench: SimpleNamespace) -> Callable[..., Any]:
     def logprobs(n: int, h: int, v: int, dtype: torch.dtype, softcap: float | None = None) -> Any:
-        return bench.linear_logprob.step.Logprobs(
-            *bench.linear_logprob.cases.peaked_inputs(n, h, v, dtype, "cpu"), softcap
-        )
+        inputs = bench.linear_logprob.cases.peaked_inputs(n, h, v, dtype, "cpu")
+        return bench.linear_logprob.step.LogprobComparison(*inputs, softcap)
 
     return logprobs

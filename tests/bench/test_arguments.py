@@ -64,9 +64,9 @@ def test_what_is_wrong_is_said_in_one_sentence(argv, said, capsys):
 
 
 def test_names_take_either_stroke_and_stand_in_any_order(bench):
-    given = bench.arguments.parse(["--memory-budget=12", "dpo_loss", "--no-plot", "linear_logprob"], "p")
-    assert (given.memory_budget, given.plot) == (12.0, False)
-    assert given.cases == ["dpo_loss", "linear_logprob"]
+    arguments = bench.arguments.parse(["--memory-budget=12", "dpo_loss", "--no-plot", "linear_logprob"], "p")
+    assert (arguments.memory_budget, arguments.plot) == (12.0, False)
+    assert arguments.benchmarks == ["dpo_loss", "linear_logprob"]
 
 
 def test_an_interrupt_is_no_traceback(bench, tmp_path, monkeypatch, capsys):

@@ -32,11 +32,11 @@ def test_ratios_are_of_now_to_before_and_only_ours_count(bench, record):
     verdict = bench.baseline.compare(record, now, "before.json", 1.15)
     assert verdict.behind == []
     lines = [line.split() for line in verdict.text.splitlines()]
-    for wanted in (
+    for expected in (
         "40x16x700 fp32 forward fastdpo 10 11 1.10 x 100.0 100.0 1.00 x",
         "40x16x700 fp32 frozen eager 20 60 3.00 x 50.0 50.0 1.00 x slower",
     ):
-        assert wanted.split() in lines
+        assert expected.split() in lines
     assert "none of ours is past 1.15 x" in verdict.text
     assert "before.json (commit abc, torch 2.13, D)" in verdict.text
 

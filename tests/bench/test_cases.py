@@ -16,8 +16,9 @@ def test_inputs_are_peaked(bench):
 
 
 def test_masks_are_prompt_shaped(bench):
-    pairs = bench.dpo_loss.cases.Pairs.of(bench.dpo_loss.cases.PairCase(3, 64, 8, 90, "bf16", "frozen"), "cpu")
-    scored = pairs.labels != bench.dpo_loss.cases.IGNORE
+    cases = bench.dpo_loss.cases
+    pairs = cases.PairInputs.of(cases.PairCase(3, 64, 8, 90, "bf16", "frozen"), "cpu")
+    scored = pairs.labels != cases.IGNORE
     first = scored.int().argmax(1)
     assert torch.equal(first[:3], first[3:])  # a pair shares its prompt
     assert int(first.min()) >= 16
@@ -28,8 +29,8 @@ def test_masks_are_prompt_shaped(bench):
 
 
 def test_the_cases_of_a_gpu_come_in_order_of_importance(bench):
-    cases = bench.linear_logprob.cases.cases("cuda", quick=False, real=(4096, 576, 49152))
-    assert {c.head for c in cases[:18]} == {head.model for head in bench.linear_logprob.cases.HEADS}
+    cases = bench.linear_logprob.cases.logprob_cases("cuda", quick=False, real=(4096, 576, 49152))
+    assert {c.head for c in cases[:18]} == bench.linear_logprob.cases.HEADS.keys()
     assert {(c.n, c.dtype) for c in cases[:18]} == {(4096, "bf16")}
     assert [c.inputs for c in cases[18:21]] == ["real"] * 3
     assert [c.n for c in cases[21:57]] == [1024] * 18 + [16384] * 18
@@ -45,12 +46,9 @@ def test_absent_peers_are_named_once_and_unknown_ones_refused(bench, tmp_path, c
     def broken(name):
         raise OSError("libpeer.so: cannot open shared object file")
 
-    factories = [
-        *bench.linear_logprob.peers.FACTORIES[:1],
-        bench.measure.entries.Factory("peer", absent),
-        bench.measure.entries.Factory("b", broken),
-    ]
-    assert list(bench.measure.entries.found(factories, "cpu")) == ["fastdpo"]
+    own, make = bench.linear_logprob.peers.FACTORIES[0], bench.measure.entries.Factory
+    factories = [own, make("peer", absent), make("b", broken)]
+    assert list(bench.measure.entries.make_entries(factories, "cpu")) == ["fastdpo"]
     assert "peer: left out: not installed (pip install peer)" in caplog.text
     assert "b: left out: OSError: libpeer.so: cannot open shared object file" in caplog.text
     assert bench.run.main(["linear_logprob", "--device", "cpu", "--entries", "fastdpo,fastgpo"]) == 2
@@ -67,7 +65,7 @@ def test_obstacles(bench):
 def test_torchs_own_op_is_compared_where_it_exists(bench):
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("torch 2.13 has it")
-    entry = bench.measure.entries.found(bench.linear_logprob.peers.FACTORIES, "cpu", ["torch"])["torch"]
+    entry = bench.measure.entries.make_entries(bench.linear_logprob.peers.FACTORIES, "cpu", ["torch"])["torch"]
     comparison = bench.logprobs(40, 16, 700, torch.float32)
     assert oracle.passes(comparison.truth.errors(comparison.step(entry, "trained")), comparison.eager_errors)
 

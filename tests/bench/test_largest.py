@@ -19,14 +19,9 @@ def peak(bench, case, entry, n):
 @pytest.mark.parametrize("mode", ["frozen", "trained"])
 def test_n_fits_and_the_next_size_does_not(bench, mode):
     case = growth(bench, mode, 2.0, most=4096)
-    entries = bench.measure.entries.found(bench.linear_logprob.peers.FACTORIES, "cpu")
-    fits, missing = bench.largest.measure_growth(
-        case,
-        bench.session.comparison_of(case, "cpu", None),
-        entries,
-        bench.measure.timing.Timer("cpu"),
-        bench.measure.timing.Budget(None),
-    )
+    entries = bench.measure.entries.make_entries(bench.linear_logprob.peers.FACTORIES, "cpu")
+    base, timing = bench.session.comparison_of(case, "cpu", None), bench.measure.timing
+    fits, missing = bench.largest.measure_growth(case, base, entries, timing.Timer("cpu"), timing.Budget(None))
     assert missing == []
     assert {fit.entry for fit in fits} == {"fastdpo", "eager", "trl"}
     for fit in fits:
@@ -63,12 +58,11 @@ def test_of_pairs_n_is_their_scored_tokens(bench, tmp_path):
     assert set(fits) == {(entry, mode) for entry in ("fastdpo", "eager") for mode in ("frozen", "trained")}
     fit = fits["eager", "frozen"]
     assert fit["length"] == 16
-    base = bench.dpo_loss.cases.Pairs.of(
-        bench.dpo_loss.cases.PairCase(bench.session.PAIRS_FROM, 16, 16, 300, "bf16", "frozen"), "cpu"
-    )
+    pairs, count = bench.dpo_loss.cases, bench.dpo_loss.step.GROWN_FROM
+    base = pairs.PairInputs.of(pairs.PairCase(count, 16, 16, 300, "bf16", "frozen"), "cpu")
     tokens = {}
     for size in range(1, 64):
-        grown = base.take([i % bench.session.PAIRS_FROM for i in range(size)])
+        grown = base.take([i % count for i in range(size)])
         tokens[size] = len(grown.targets)
         assert tokens[size] == int(grown.offsets[-1])
     assert fit["n"] in tokens.values()
@@ -80,19 +74,19 @@ def test_of_pairs_n_is_their_scored_tokens(bench, tmp_path):
 def test_the_search_passes_a_bump_and_halves_above_the_last_that_fits(bench):
     tried = []
 
-    def peaks(size):
+    def peak_of(size):
         tried.append(size)
         # a path that keeps something up to size 20 and then does not
         return float(size if size > 20 else 3 * size)
 
-    found = bench.largest.search(peaks, 40.0, 1024, 320.0)
+    peaks = bench.largest.search(peak_of, 40.0, 1024, 320.0)
     assert tried[:10] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    low, high = bench.largest.around(found, 40.0)
+    low, high = bench.largest.around(peaks, 40.0)
     assert (low, high) == (40, 42)
-    assert found[low] <= 40 < found[high]
+    assert peaks[low] <= 40 < peaks[high]
     # where memory ends, too
-    found = bench.largest.search(lambda size: size if size <= 33 else math.inf, 100.0, 1024, 800.0)
-    assert bench.largest.around(found, 100.0) == (32, 34)
+    peaks = bench.largest.search(lambda size: size if size <= 33 else math.inf, 100.0, 1024, 800.0)
+    assert bench.largest.around(peaks, 100.0) == (32, 34)
 
 
 def test_an_answer_that_is_wrong_at_that_size_is_no_fit(bench, tmp_path, capsys):

@@ -8,6 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 
+@pytest.fixture
+def plot(bench):
+    return bench.show.plot
+
+
 def record(**changes) -> dict:
     """Two entries at three N and three V; time is N ms, peak is V MiB."""
     shapes = [(n, 300) for n in (10, 20, 40)] + [(20, v) for v in (150, 600)]
@@ -26,19 +31,19 @@ def record(**changes) -> dict:
 @pytest.fixture
 def figures(monkeypatch):
     """Every figure that is drawn."""
-    found = []
+    drawn = []
     init = FigureCanvasAgg.__init__
 
     def watched(self, figure, *rest):
-        found.append(figure)
+        drawn.append(figure)
         init(self, figure, *rest)
 
     monkeypatch.setattr(FigureCanvasAgg, "__init__", watched)
-    return found
+    return drawn
 
 
-def test_lines_are_the_measurements_on_log_axes(bench, figures):
-    bench.show.plot.draw(record())
+def test_lines_are_the_measurements_on_log_axes(plot, figures):
+    plot.draw(record())
     figure = figures[0]
     assert len(figure.axes) == 8
     time_n, time_v, _, memory_v = figure.axes[:4]
@@ -60,10 +65,10 @@ def test_lines_are_the_measurements_on_log_axes(bench, figures):
     assert figure.axes[4].get_title().startswith("head trained; ")
 
 
-def test_legend_and_caption_say_whose_and_where(bench, figures):
+def test_legend_and_caption_say_whose_and_where(plot, figures):
     drawn = record(missing=[{"case": "x", "entry": "eager", "reason": "out of memory"}])
     drawn["rows"].append({**drawn["rows"][0], "entry": "trl", "version": "trl 1.16.0"})
-    bench.show.plot.draw(drawn)
+    plot.draw(drawn)
     (legend,) = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "fastdpo (fastdpo 1)",
@@ -78,63 +83,63 @@ def test_legend_and_caption_say_whose_and_where(bench, figures):
     assert "these ratios are CPU ratios" in caption
 
 
-def test_a_size_that_was_measured_once_is_no_line(bench, figures):
+def test_a_size_that_was_measured_once_is_no_line(plot, figures):
     one_v = record()
     one_v["rows"] = [row for row in one_v["rows"] if row["v"] == 300]
-    bench.show.plot.draw(one_v)
+    plot.draw(one_v)
     assert [len(panel.get_lines()) for panel in figures[0].axes[:4]] == [2, 0, 2, 0]
     assert "only one V was measured" in figures[0].axes[1].texts[0].get_text()
     one_v["rows"] = [row for row in one_v["rows"] if row["n"] == 20]
-    assert not bench.show.plot.can_draw(one_v)
+    assert not plot.can_draw(one_v)
     with pytest.raises(ValueError, match="run with --plot"):
-        bench.show.plot.draw(one_v)
+        plot.draw(one_v)
 
 
-def test_shapes_that_differ_in_another_size_are_no_line(bench):
+def test_shapes_that_differ_in_another_size_are_no_line(plot):
     mixed = record()["rows"]
     other_head = [{**row, "h": 32, "v": 128000} for row in mixed if row["n"] == 10]
-    found = bench.show.plot.series([*mixed, *other_head], "frozen", "v")
-    assert {row["h"] for row in found.rows} == {16}
-    assert [row["v"] for row in found.rows if row["entry"] == "eager"] == [150, 300, 600]
+    points = plot.series([*mixed, *other_head], "frozen", "v")
+    assert {row["h"] for row in points.rows} == {16}
+    assert [row["v"] for row in points.rows if row["entry"] == "eager"] == [150, 300, 600]
 
 
-def test_a_quick_run_draws_a_png_of_its_own_record(bench, tmp_path, capsys):
+def test_a_quick_run_draws_a_png_of_its_own_record(bench, plot, tmp_path, capsys):
     for case in ("linear_logprob", "dpo_loss"):
-        status, found = bench.measured(tmp_path, "--quick", "--plot", "--rounds", "1", case=case)
+        status, measured = bench.measured(tmp_path, "--quick", "--plot", "--rounds", "1", case=case)
         assert status == 0
         (path,) = tmp_path.glob(f"{case}_cpu_*.png")
         assert f"written: {path}" in capsys.readouterr().out
         image = Image.open(io.BytesIO(path.read_bytes()))
         assert image.format == "PNG"
         assert min(image.size) > 600
-        assert image.info[bench.show.plot.DIGEST] == bench.show.plot.digest(found)
-        sweep = [row for row in found["rows"] if row["sweep"]]
+        assert image.info[plot.DIGEST] == plot.digest(measured)
+        sweep = [row for row in measured["rows"] if row["sweep"]]
         assert len({row["tokens"] for row in sweep}) >= 3
         assert {row["v"] for row in sweep} == {150, 300, 600}
         # drawn again from the JSON alone
         path.unlink()
-        assert bench.show.plot.main([str(path.with_suffix(".json"))]) == 0
-        assert Image.open(path).info[bench.show.plot.DIGEST] == bench.show.plot.digest(found)
+        assert plot.main([str(path.with_suffix(".json"))]) == 0
+        assert Image.open(path).info[plot.DIGEST] == plot.digest(measured)
 
 
 def test_only_a_quick_run_draws_unasked(bench):
     parse = bench.arguments.parse
-    wanted = {
+    expected = {
         (): False,
         ("--plot",): True,
         ("--quick",): True,
         ("--quick", "--no-plot"): False,
         ("--quick", "--no_plot"): False,
     }
-    for argv, plots in wanted.items():
+    for argv, plots in expected.items():
         assert bench.benchmark._wants_plot(parse(argv, "p")) is plots
     sweeps = [case for case in bench.linear_logprob.cases.sweep_cases("cpu", True) if case.mode == "frozen"]
     assert [(case.n, case.v) for case in sweeps] == [(10, 300), (20, 300), (40, 300), (20, 150), (20, 600)]
 
 
-def test_a_result_without_points_is_refused_with_words(bench, tmp_path, capsys):
+def test_a_result_without_points_is_refused_with_words(plot, tmp_path, capsys):
     path = tmp_path / "r.json"
     path.write_text(json.dumps({**record(), "rows": []}))
     with pytest.raises(SystemExit):
-        bench.show.plot.main([str(path)])
+        plot.main([str(path)])
     assert "no shape was measured at two N or two V" in capsys.readouterr().err

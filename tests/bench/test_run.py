@@ -49,7 +49,8 @@ def test_dpo_loss_is_measured_from_ours_to_eager(bench, tmp_path):
     assert {"fastdpo", "fastdpo rows", "eager"} <= entries
     assert len(record["rows"]) == 2 * len(entries)
     flop = {row["entry"]: row["flop"] for row in record["rows"] if row["mode"] == "frozen"}
-    pairs = bench.dpo_loss.cases.Pairs.of(bench.dpo_loss.cases.pair_cases("cpu", quick=False)[0], "cpu")
+    cases = bench.dpo_loss.cases
+    pairs = cases.PairInputs.of(cases.pair_cases("cpu", quick=False)[0], "cpu")
     assert flop["fastdpo rows"] == 6 * len(pairs.targets) * 16 * 700  # 4 for the policy, 2 for the reference
     assert flop["eager"] == 6 * pairs.labels.numel() * 16 * 700
     for row in record["rows"]:
@@ -173,7 +174,8 @@ def test_nothing_runs_on_a_device_that_is_lost(bench, tmp_path, monkeypatch, cap
 def test_a_forced_form_that_takes_the_defaults_path_is_not_timed_twice(bench, tmp_path):
     _, record = bench.measured(tmp_path, "--entries", "fastdpo,fastdpo cublas,eager", "--quick")
     assert {row["entry"] for row in record["rows"]} == {"fastdpo", "eager"}
-    assert {(m["entry"], m["reason"]) for m in record["missing"]} == {("fastdpo cublas", "the default's own path")}
+    reasons = {(m["entry"], m["reason"]) for m in record["missing"]}
+    assert reasons == {("fastdpo cublas", "same path as fastdpo; not timed twice")}
 
 
 def test_real_activations_are_stored_and_measured(bench, tmp_path, monkeypatch, capsys):
@@ -182,13 +184,11 @@ def test_real_activations_are_stored_and_measured(bench, tmp_path, monkeypatch, 
     demo, path = demo_paths(), tmp_path / "activations.safetensors"
     pairs = tmp_path / "few.jsonl"
     pairs.write_text("\n".join(demo.train.read_text().splitlines()[:8]) + "\n")
-    assert (
-        bench.linear_logprob.real.main([str(demo.model), "--pairs", str(pairs), "--tokens", "48", "--out", str(path)])
-        == 0
-    )
-    n, h, v = bench.linear_logprob.real.shape(path)
+    real = bench.linear_logprob.real
+    assert real.main([str(demo.model), "--pairs", str(pairs), "--tokens", "48", "--out", str(path)]) == 0
+    n, h, v = real.shape(path)
     assert n == 48
-    hidden, weight, labels = bench.linear_logprob.real.load(path, 20, "cpu")
+    hidden, weight, labels = real.load(path, 20, "cpu")
     assert (hidden.shape, weight.shape, labels.shape) == ((20, h), (v, h), (20,))
     # a model that was trained on such answers finds them likely
     logp = bench.linear_logprob.peers.eager(hidden, weight, labels)
@@ -209,10 +209,9 @@ def test_cuda_without_a_device_is_refused_with_words(bench, capsys):
 
 
 def test_an_installed_package_names_no_commit_of_the_repository_around_it(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        bench.measure.conditions, "ROOT", bench.measure.conditions.ROOT / "bench"
-    )  # below a checkout, and none itself
-    assert bench.measure.conditions._commit() == ""
-    found = bench.measure.conditions.environment("cpu", "command")
-    assert "; no checkout; " in bench.show.sentences.conditions(found)
-    assert bench.measure.conditions.environment("cpu", "command", "abc")["commit"] == "abc"
+    conditions = bench.measure.conditions
+    monkeypatch.setattr(conditions, "ROOT", conditions.ROOT / "bench")  # below a checkout, and none itself
+    assert conditions._commit() == ""
+    environment = conditions.environment("cpu", "command")
+    assert "; no checkout; " in bench.show.sentences.conditions(environment)
+    assert conditions.environment("cpu", "command", "abc")["commit"] == "abc"

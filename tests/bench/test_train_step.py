@@ -20,48 +20,53 @@ ENTRIES = ["fastdpo", "fastdpo padded", "fastdpo packed", "fastdpo shared", "trl
 
 
 @pytest.fixture
-def toy(bench):
+def train_step(bench):
+    return bench.train_step
+
+
+@pytest.fixture
+def toy(train_step):
     """The quick case."""
-    (case,) = bench.train_step.cases.train_cases("cpu", True, inputs="synthetic")
+    (case,) = train_step.cases.train_cases("cpu", True, inputs="synthetic")
     return case
 
 
 @pytest.fixture
-def measure(bench, toy):
+def measure(bench, train_step, toy):
     """measure(entries by name, case=..., rounds=...) -> rows and what is missing, both by entry."""
 
     def measure(entries, case=toy, rounds=1, budget=None):
         timer, rounds = bench.measure.timing.Timer("cpu"), bench.measure.timing.Rounds(rounds)
         budget = budget or bench.measure.timing.Budget(None)
-        rows, missing = bench.train_step.step.measure_training(case, entries, rounds, timer, budget)
+        rows, missing = train_step.step.measure_training(case, entries, rounds, timer, budget)
         return {row.entry: row for row in rows}, {m.entry: m.reason for m in missing}
 
     return measure
 
 
 @pytest.fixture
-def entries(bench):
+def entries(bench, train_step):
     """entries(**changed) -> fastdpo padded and TRL's trainer, or with arguments of its own in place of the first."""
 
     def entries(**changed):
         from fastdpo import DPOConfig, DPOTrainer
 
-        found = bench.measure.entries.found(bench.train_step.peers.FACTORIES, "cpu", ["fastdpo padded", "trl"])
+        made = bench.measure.entries.make_entries(train_step.peers.FACTORIES, "cpu", ["fastdpo padded", "trl"])
         if changed:
-            run = partial(bench.train_step.peers.trainer_of, DPOTrainer, DPOConfig, **changed)
-            found["fastdpo padded"] = replace(found["fastdpo padded"], run=run)
-        return found
+            run = partial(train_step.peers.trainer_of, DPOTrainer, DPOConfig, **changed)
+            made["fastdpo padded"] = replace(made["fastdpo padded"], run=run)
+        return made
 
     return entries
 
 
-def test_a_run_has_a_row_for_every_trainer_with_all_its_conditions(bench, tmp_path, capsys):
+def test_a_run_has_a_row_for_every_trainer_with_all_its_conditions(bench, train_step, tmp_path, capsys):
     status, record = bench.measured(tmp_path, "--plot", case="train_step")
     assert status == 0
     assert record["complete"]
     assert record["missing"] == record["refused"] == []
     assert [row["entry"] for row in record["rows"]] == ENTRIES
-    assert record["environment"]["data"] == bench.train_step.data.TOLD["synthetic"]
+    assert record["environment"]["data"] == train_step.data.DESCRIPTIONS["synthetic"]
     assert {"trl", "transformers", "peft", "accelerate"} <= set(record["environment"]["versions"])
     rows = {row["entry"]: row for row in record["rows"]}
     for row in record["rows"]:
@@ -97,7 +102,9 @@ def test_a_run_has_a_row_for_every_trainer_with_all_its_conditions(bench, tmp_pa
 
 
 @pytest.mark.parametrize("fault", ["beta", "mask"])
-def test_a_trainer_that_computes_something_else_is_a_fault_and_not_timed(bench, measure, entries, monkeypatch, fault):
+def test_a_trainer_that_computes_something_else_is_a_fault_and_not_timed(
+    train_step, measure, entries, monkeypatch, fault
+):
     changed = entries(beta=0.102) if fault == "beta" else entries()
     if fault == "mask":
         right = changed["fastdpo padded"].run
@@ -116,17 +123,19 @@ def test_a_trainer_that_computes_something_else_is_a_fault_and_not_timed(bench, 
 
         changed["fastdpo padded"] = replace(changed["fastdpo padded"], run=blind)
     timed = []
-    monkeypatch.setattr(bench.train_step.step.Trained, "epoch", lambda self: timed.append(self.entry.name))
+    monkeypatch.setattr(train_step.step.Trained, "epoch", lambda self: timed.append(self.entry.name))
     rows, missing = measure(changed)
     assert set(rows) == set(timed) == {"trl"}
     assert missing["fastdpo padded"].startswith("FAULT: (fastdpo ")
     assert "failed the oracle, not timed: loss " in missing["fastdpo padded"]
 
 
-def test_a_fault_of_ours_fails_the_run_and_is_refused_by_name(bench, tmp_path, monkeypatch, entries, capsys):
+def test_a_fault_of_ours_fails_the_run_and_is_refused_by_name(
+    bench, train_step, tmp_path, monkeypatch, entries, capsys
+):
     wrong = entries(beta=0.2)
     factories = [bench.measure.entries.Factory(name, lambda name: wrong[name]) for name in wrong]
-    monkeypatch.setattr(bench.train_step.peers, "FACTORIES", factories)
+    monkeypatch.setattr(train_step.peers, "FACTORIES", factories)
     status, record = bench.measured(tmp_path, "--rounds", "1", case="train_step")
     assert status == 1
     assert [row["entry"] for row in record["rows"]] == ["trl"]
@@ -137,33 +146,33 @@ def test_a_fault_of_ours_fails_the_run_and_is_refused_by_name(bench, tmp_path, m
     assert "Not everything was measured" in bench.show.readme.table(path)
 
 
-def test_nothing_is_timed_without_something_to_check_against(bench, measure, entries, monkeypatch):
+def test_nothing_is_timed_without_something_to_check_against(train_step, measure, entries, monkeypatch):
     def broken(setup):
         raise RuntimeError("no such trainer")
 
-    found = entries()
-    rows, missing = measure({**found, "fastdpo padded": replace(found["fastdpo padded"], run=broken)})
+    both = entries()
+    rows, missing = measure({**both, "fastdpo padded": replace(both["fastdpo padded"], run=broken)})
     assert set(rows) == {"trl"}
     assert missing == {"fastdpo padded": "RuntimeError: no such trainer"}
-    rows, missing = measure({**found, "trl": replace(found["trl"], run=broken)})
+    rows, missing = measure({**both, "trl": replace(both["trl"], run=broken)})
     assert rows == {}
     assert missing == {"": "nothing to check against: trl: RuntimeError: no such trainer"}
     # rewards that hardly move say nothing about beta
-    monkeypatch.setitem(bench.train_step.peers.LEARNING_RATES, "full", 1e-6)
-    rows, missing = measure(found)
+    monkeypatch.setitem(train_step.peers.LEARNING_RATES, "full", 1e-6)
+    rows, missing = measure(both)
     assert rows == {}
     assert re.match(r"nothing to check against: trl: its rewards moved by \S+ only", missing[""])
 
 
-def test_every_round_has_one_turn_of_each_on_the_same_pairs(bench, measure, entries, monkeypatch):
+def test_every_round_has_one_turn_of_each_on_the_same_pairs(train_step, measure, entries, monkeypatch):
     seen = []
-    step = bench.train_step.turns.Turns.on_step_begin
+    step = train_step.turns.StepByStep.on_step_begin
 
     def watched(self, *args, **kwargs):
         step(self, *args, **kwargs)
         seen.append(type(self.trainer).__module__.partition(".")[0])
 
-    monkeypatch.setattr(bench.train_step.turns.Turns, "on_step_begin", watched)
+    monkeypatch.setattr(train_step.turns.StepByStep, "on_step_begin", watched)
     rows, missing = measure(entries(), rounds=2)
     assert missing == {}
     assert [row.times for row in rows.values()] == [row.times for row in rows.values() if len(row.times) == 2]
@@ -173,9 +182,7 @@ def test_every_round_has_one_turn_of_each_on_the_same_pairs(bench, measure, entr
 
 
 def test_trl_is_the_yardstick_where_it_is_not_asked_for(measure, entries):
-    found = entries()
-    del found["trl"]
-    rows, missing = measure(found)
+    rows, missing = measure({"fastdpo padded": entries()["fastdpo padded"]})
     assert set(rows) == {"fastdpo padded"}
     assert missing == {}
 
@@ -185,18 +192,18 @@ def test_time_that_is_over_and_room_that_is_not_there_are_named(bench, toy, meas
     assert (rows, missing) == ({}, {"": "no time left"})
     rows, missing = measure(entries(), replace(toy, entries=("trl",)))
     assert set(rows) == {"trl"}
-    assert missing == {"fastdpo padded": bench.train_step.cases.NO_ROOM}
-    assert missing["fastdpo padded"].endswith(bench.benchmark.BENIGN)
+    assert missing == {"fastdpo padded": bench.measure.missing.NO_ROOM}
+    assert missing["fastdpo padded"].endswith(bench.measure.missing.BENIGN)
 
 
-def test_a_model_in_a_folder_is_trained_with_lora(bench, tmp_path, monkeypatch, capsys):
+def test_a_model_in_a_folder_is_trained_with_lora(bench, train_step, tmp_path, monkeypatch, capsys):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path / "small-model"
-    bench.train_step.data.word_tokenizer().save_pretrained(folder)
+    train_step.data.word_tokenizer().save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=128, initializer_range=0.3, **sizes)).save_pretrained(folder)
-    monkeypatch.setitem(bench.train_step.cases.FOLDER_SIZES, ("cpu", False), (2, 64, 3))
+    monkeypatch.setitem(train_step.cases.FOLDER_SIZES, ("cpu", False), (2, 64, 3))
     arguments = ("--entries", "fastdpo,trl", "--rounds", "1", "--model", str(folder))
     status, record = bench.measured(tmp_path, *arguments, case="train_step")
     assert status == 0
@@ -207,61 +214,63 @@ def test_a_model_in_a_folder_is_trained_with_lora(bench, tmp_path, monkeypatch, 
     assert f"error: --model {tmp_path} holds no causal language model: FileNotFoundError" in capsys.readouterr().err
 
 
-def test_models_stand_beside_each_other_in_one_models_memory(bench, toy):
+def test_models_stand_beside_each_other_in_one_models_memory(train_step, toy):
     def storages(*models):
         return {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
 
-    full = bench.train_step.peers.Models(toy, "cpu")
+    full = train_step.peers.Models(toy, "cpu")
     first, second, reference, other = full.policy(), full.policy(), full.reference(), full.reference()
     assert not storages(first) & storages(second)
     assert not storages(first, second) & storages(reference)
     assert storages(reference) == storages(other)
     assert all(p.requires_grad for p in first.parameters())
     assert not any(p.requires_grad for p in reference.parameters())
-    lora = bench.train_step.peers.Models(replace(toy, mode="lora"), "cpu")
+    lora = train_step.peers.Models(replace(toy, mode="lora"), "cpu")
     first, second = lora.policy(), lora.policy()
     assert storages(first) == storages(second)
     assert first.model.layers[0] is not second.model.layers[0]
     assert lora.reference() is None
 
 
-def test_models_of_a_gpu_are_those_of_the_issue_and_fit(bench):
-    cases = bench.train_step.cases.train_cases("cuda", False)
+def test_models_of_a_gpu_are_those_of_the_issue_and_fit(bench, train_step):
+    cases = train_step.cases.train_cases("cuda", False)
     assert {case.head for case in cases} == {"Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B"}
     assert {case.head for case in cases if case.mode == "lora"} == {case.head for case in cases}
     assert len({case.name for case in cases}) == len(cases)
-    known = {factory.name for factory in bench.train_step.peers.FACTORIES}
+    known = {factory.name for factory in train_step.peers.FACTORIES}
     assert all(set(case.entries) <= known for case in cases)
-    heads = {head.model: (head.h, head.v) for head in bench.linear_logprob.cases.HEADS}
+    heads = {head.model: (head.h, head.v) for head in bench.linear_logprob.cases.HEADS.values()}
     assert all((case.h, case.v) == heads[case.head] for case in cases)
 
 
-def test_synthetic_pairs_have_the_lengths_in_the_table(bench, monkeypatch):
+def test_synthetic_pairs_have_the_lengths_in_the_table(train_step, monkeypatch):
     from fastdpo.data.tokenize_dataset import tokenize_dataset
 
-    pairs = bench.train_step.data.synthetic_pairs(8, 1024)
+    pairs = train_step.data.synthetic_pairs(8, 1024)
     tokens, _ = tokenize_dataset(pairs.rows, pairs.tokenizer, max_length=1024)
     sizes = [(len(r["prompt_ids"]), len(r["chosen_ids"]) - 1, len(r["rejected_ids"]) - 1) for r in tokens]  # EOS
-    assert sorted(sizes) == sorted(bench.train_step.data.spread(bench.train_step.data.LENGTHS, 8))
+    assert sorted(sizes) == sorted(train_step.data.evenly(train_step.data.LENGTHS, 8))
     assert sizes != sorted(sizes, key=sum)
 
 
-def test_the_table_of_lengths_is_that_of_the_real_pairs(bench, shared_data, monkeypatch):
+def test_the_table_of_lengths_is_that_of_the_real_pairs(train_step, shared_data, monkeypatch):
     from fastdpo.data.tokenize_dataset import tokenize_dataset
 
-    monkeypatch.setattr(bench.train_step.data, "PAIRS", shared_data / "dpo_en_demo.json")
-    assert bench.train_step.data.kind() == "real"
-    pairs = bench.train_step.data.make_pairs("real", 32, 1024)
+    monkeypatch.setattr(train_step.data, "PAIRS", shared_data / "dpo_en_demo.json")
+    assert train_step.data.kind() == "real"
+    pairs = train_step.data.make_pairs("real", 32, 1024)
     tokens, _ = tokenize_dataset(pairs.rows, pairs.tokenizer, max_length=1024)
     sizes = [tuple(len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for row in tokens]
     # a token more or less in a few rows is a tokenizer's or a template's business
-    for mine, wanted in zip(zip(*sizes, strict=True), zip(*bench.train_step.data.LENGTHS, strict=True), strict=True):
-        assert sum(mine) == pytest.approx(sum(wanted), rel=0.02)
+    totals, expected = (
+        [sum(column) for column in zip(*table, strict=True)] for table in (sizes, train_step.data.LENGTHS)
+    )
+    assert totals == pytest.approx(expected, rel=0.02)
 
 
-def test_reads_of_single_numbers_are_counted_but_for_guarded_ones(bench):
+def test_reads_of_single_numbers_are_counted_but_for_guarded_ones(train_step):
     x, offsets = torch.arange(3.0, requires_grad=True), torch.tensor([0, 1, 3])
-    with bench.train_step.counts.waits("cpu") as counter:
+    with train_step.counts.waits("cpu") as counter:
         x.sum().item()
         bool((x > 1).any())
         (x * x).sum().backward()
@@ -269,19 +278,17 @@ def test_reads_of_single_numbers_are_counted_but_for_guarded_ones(bench):
     assert counter.count == 2
 
 
-def test_a_trainer_that_fails_in_its_turn_says_so_and_one_that_waits_is_ended(bench, toy, tmp_path):
+def test_a_trainer_that_fails_in_its_turn_says_so_and_one_that_waits_is_ended(train_step, toy, tmp_path):
     from fastdpo import DPOConfig, DPOTrainer
 
-    arguments = bench.train_step.peers.arguments(toy, "cpu", 20, str(tmp_path))
-    models, pairs = bench.train_step.step._inputs(toy, "cpu")
-    setup = bench.train_step.peers.Setup(
-        models.policy(), models.reference(), None, pairs.rows, pairs.tokenizer, arguments
-    )
+    arguments = train_step.peers.arguments(toy, "cpu", 20, str(tmp_path))
+    models, pairs = train_step.step._inputs(toy, "cpu")
+    setup = train_step.peers.Setup(models.policy(), models.reference(), None, pairs.rows, pairs.tokenizer, arguments)
     with ExitStack() as cleanup:
-        turns = bench.train_step.turns.Turns(bench.train_step.peers.trainer_of(DPOTrainer, DPOConfig, setup))
+        turns = train_step.turns.StepByStep(train_step.peers.trainer_of(DPOTrainer, DPOConfig, setup))
         cleanup.callback(turns.end)
         turns.start()
-        turns.turn(2)
+        turns.take(2)
         assert [round(log["loss"], 4) for log in turns.logs][:1] == [0.6931]
         assert len(turns.logs) == turns.trainer.state.global_step == 2
 
@@ -289,6 +296,6 @@ def test_a_trainer_that_fails_in_its_turn_says_so_and_one_that_waits_is_ended(be
             raise ValueError("a step that cannot be made")
 
         with pytest.raises(ValueError, match="a step that cannot be made"):
-            turns.turn(1, fails)
+            turns.take(1, fails)
     assert not turns._thread.is_alive()
     json.dumps(turns.logs)

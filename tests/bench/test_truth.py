@@ -24,20 +24,19 @@ def test_the_truth_is_autograds_in_fp64(bench, softcap):
 
 
 def test_the_truth_of_pairs_is_autograds_in_fp64(bench):
-    pairs = bench.dpo_loss.cases.Pairs.of(bench.dpo_loss.cases.PairCase(3, 20, 8, 900, "fp32", "trained"), "cpu")
-    wide = bench.dpo_loss.cases.Pairs(
-        pairs.hidden.double(), pairs.ref_hidden.double(), pairs.weight.double(), pairs.labels
-    )
-    comparison = bench.dpo_loss.step.DPOLosses(wide)
+    cases = bench.dpo_loss.cases
+    pairs = cases.PairInputs.of(cases.PairCase(3, 20, 8, 900, "fp32", "trained"), "cpu")
+    wide = cases.PairInputs(pairs.hidden.double(), pairs.ref_hidden.double(), pairs.weight.double(), pairs.labels)
+    comparison = bench.dpo_loss.step.LossComparison(wide)
 
     def exact(pairs, hidden, weight):
-        scored = pairs.labels != bench.dpo_loss.cases.IGNORE
+        scored = pairs.labels != cases.IGNORE
 
         def sums(states, head):
             logp = torch.log_softmax(states @ head.t(), -1)
             return (logp.gather(-1, pairs.labels.clamp(min=0)[..., None])[..., 0] * scored).sum(1)
 
-        rewards = bench.dpo_loss.cases.BETA * (sums(hidden, weight) - sums(pairs.ref_hidden, pairs.weight).detach())
+        rewards = cases.BETA * (sums(hidden, weight) - sums(pairs.ref_hidden, pairs.weight).detach())
         chosen, rejected = rewards.chunk(2)
         return torch.log1p(torch.exp(rejected - chosen)).mean(), rewards
 
@@ -51,7 +50,7 @@ def test_the_truth_of_pairs_is_autograds_in_fp64(bench):
 @pytest.mark.parametrize("mode", ["forward", "frozen", "trained"])
 def test_every_entry_passes_the_oracle_and_a_wrong_one_does_not(bench, mode):
     comparison = bench.logprobs(64, 32, 900, torch.bfloat16)
-    entries = bench.measure.entries.found(bench.linear_logprob.peers.FACTORIES, "cpu")
+    entries = bench.measure.entries.make_entries(bench.linear_logprob.peers.FACTORIES, "cpu")
     assert list(entries) == ["fastdpo", "eager", "trl"]
     by_eager = comparison.eager_errors
     for name, entry in entries.items():

@@ -8,12 +8,18 @@ import pytest
 import torch
 
 
-def test_tune_times_what_passes_and_names_what_does_not(bench, monkeypatch, capsys):
+@pytest.fixture
+def tune(bench):
+    return bench.linear_logprob.tune
+
+
+def test_tune_times_what_passes_and_names_what_does_not(bench, tune, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where a CUDA device is")
-    own = bench.linear_logprob.tune.candidates("interpreter")[0]
+    own = tune.candidates("interpreter")[0]
     wrong = replace(own, group=own.group + 1)
-    step, override, forced = bench.linear_logprob.step.Logprobs.step, bench.linear_logprob.tune.override, []
+    comparison = bench.linear_logprob.step.LogprobComparison
+    step, override, forced = comparison.step, tune.override, []
 
     @contextmanager
     def watched(config):
@@ -26,10 +32,10 @@ def test_tune_times_what_passes_and_names_what_does_not(bench, monkeypatch, caps
         outputs = step(self, entry, mode)
         return {name: x + 1 for name, x in outputs.items()} if forced == [wrong] else outputs
 
-    monkeypatch.setattr(bench.linear_logprob.tune, "override", watched)
-    monkeypatch.setattr(bench.linear_logprob.step.Logprobs, "step", sabotaged)
-    monkeypatch.setattr(bench.linear_logprob.tune, "candidates", lambda arch: [own, wrong])
-    monkeypatch.setattr(bench.linear_logprob.tune, "SHAPES", [(20, 16, 70)])
+    monkeypatch.setattr(tune, "override", watched)
+    monkeypatch.setattr(comparison, "step", sabotaged)
+    monkeypatch.setattr(tune, "candidates", lambda arch: [own, wrong])
+    monkeypatch.setattr(tune, "SHAPES", [(20, 16, 70)])
     monkeypatch.setenv("FASTDPO_BACKEND", "triton")
     assert bench.run.main(["linear_logprob", "--device", "cpu", "--tune", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
@@ -39,16 +45,12 @@ def test_tune_times_what_passes_and_names_what_does_not(bench, monkeypatch, caps
     assert "nothing here is for kernels/configs.py" in printed
 
 
-def test_tune_offers_a_default_only_where_every_mode_is_faster(bench):
-    config = bench.linear_logprob.tune.candidates("sm_90")[0]
+def test_tune_offers_a_default_only_where_every_mode_is_faster(tune):
+    config = tune.candidates("sm_90")[0]
     times = {(896, "forward"): 1.0, (896, "frozen"): 2.0, (4096, "forward"): 5.0, (4096, "frozen"): 9.0}
-    best = bench.linear_logprob.tune.Candidate(config, dict(times))
-    blas = bench.linear_logprob.tune.Candidate(
-        None, {**times, (896, "forward"): 1.5, (896, "frozen"): 2.5, (4096, "frozen"): 10.0}
-    )
-    rows = bench.linear_logprob.tune.config_rows(
-        blas, best, "sm_90", [896, 4096], {"gpu": "G", "date": "D", "command": "C"}
-    )
+    best = tune.Candidate(config, dict(times))
+    blas = tune.Candidate(None, {**times, (896, "forward"): 1.5, (896, "frozen"): 2.5, (4096, "frozen"): 10.0})
+    rows = tune.config_rows(blas, best, "sm_90", [896, 4096], {"gpu": "G", "date": "D", "command": "C"})
     assert rows == [
         f"FOLD['sm_90'] = {config!r}",
         "Measured('sm_90', torch.bfloat16, range(896, 897), gpu='G', date='D', command='C')",
