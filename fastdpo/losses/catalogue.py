@@ -34,7 +34,7 @@ class Loss:
 
     Attributes:
         function: PairLogps -> (B,). Takes beta, `options` and, if they apply, `f_divergence` by keyword.
-        formula, paper: for README's table.
+        formula, paper: for the table in docs/losses.md.
         options: of `LossOptions`, those that `function` takes besides beta.
         reference: whether it reads the reference's log-probs.
         f_divergence: whether the f-divergences apply; elsewhere a term of log Z(x) would not cancel.

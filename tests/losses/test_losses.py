@@ -225,8 +225,8 @@ def test_step_zero_loss_is_ln_2_to_the_last_bit():
     assert torch.equal(out.losses, torch.full((3,), math.log(2)))
 
 
-def test_readme_has_the_table():
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+def test_the_page_of_losses_has_the_table():
+    text = (Path(__file__).resolve().parents[2] / "docs/losses.md").read_text()
     shown = text.split("<!-- rendered by python -m fastdpo.losses.table -->\n")[1].split("\n<!-- end of losses -->")[0]
     assert shown == render()
     assert all(f"| `{name}`" in shown for name in LOSSES)

@@ -26,7 +26,7 @@ FIELDS = (
     Field('truncation_mode', 'str', 'keep_start', ('keep_start', 'keep_end'), 'data', 'Which end of a sequence longer than max_length is kept.', 'dpo', True),
     Field('on_overlong', 'str', 'truncate', ('truncate', 'drop', 'error'), 'data', 'What becomes of a pair with a sequence longer than max_length: truncate, drop, or stop (error).', 'dpo', True),
     Field('scored_turns', 'str', 'last', ('last', 'all'), 'data', "Score completions (last, as TRL), or all assistant turns, the prompt's too (all, as minimind).", 'dpo', True),
-    Field('loss_type', 'list[str] | str', ['sigmoid'], ('sigmoid', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sft', 'sigmoid_norm', 'simpo', 'orpo', 'cpo', 'kto_pair'), 'DPO', 'Loss, or several that are added with loss_weights; README has the table.', 'dpo', True),
+    Field('loss_type', 'list[str] | str', ['sigmoid'], ('sigmoid', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sft', 'sigmoid_norm', 'simpo', 'orpo', 'cpo', 'kto_pair'), 'DPO', 'Loss, or several that are added with loss_weights; docs/losses.md has the table.', 'dpo', True),
     Field('beta', 'float', 0.1, None, 'DPO', "Strength of the pull to the reference, > 0; ipo: the paper's tau, orpo: its lambda.", 'dpo', True),
     Field('label_smoothing', 'float', 0.0, None, 'DPO', 'Probability that a label is flipped, in [0, 0.5); really applied to sigmoid (cDPO).', 'dpo', True),
     Field('loss_weights', 'list[float] | None', None, None, 'DPO', 'One weight for each loss in loss_type; unset: 1 each.', 'dpo', True),
