@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastdpo.ops.oracle import peaked_inputs
+
 from .dpo_loss import cases as pairs
 from .dpo_loss.step import DPOLosses
 from .largest import measure_growth
@@ -60,7 +62,7 @@ def comparison_of(case: InputCase, device: str, activations: Path | None) -> Com
     """The inputs of a case, on a device; `activations`: the file of real ones."""
     if isinstance(case, cases.Growth):
         if case.length is None:
-            inputs = cases.peaked_inputs(GROWN_FROM, case.h, case.v, cases.DTYPES[case.dtype], device)
+            inputs = peaked_inputs(GROWN_FROM, case.h, case.v, cases.DTYPES[case.dtype], device)
             return Logprobs(*inputs)
         base = pairs.PairCase(PAIRS_FROM, case.length, case.h, case.v, case.dtype, case.mode)
         return DPOLosses(pairs.Pairs.of(base, device))
@@ -69,7 +71,7 @@ def comparison_of(case: InputCase, device: str, activations: Path | None) -> Com
     if case.inputs == "real":
         assert activations is not None
         return Logprobs(*real.load(activations, case.n, device))
-    return Logprobs(*cases.peaked_inputs(case.n, case.h, case.v, cases.DTYPES[case.dtype], device), case.softcap)
+    return Logprobs(*peaked_inputs(case.n, case.h, case.v, cases.DTYPES[case.dtype], device), case.softcap)
 
 
 def run_cases(
