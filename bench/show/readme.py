@@ -1,7 +1,8 @@
-"""Renders README's tables and figures from bench/results: `python -m bench.show.readme` (nobody types numbers)."""
+"""Renders the pages' tables and figures from bench/results: `python -m bench.show.readme` (nobody types numbers)."""
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ ROOT = FOLDER.parent
 RESULTS = FOLDER / "results"
 START, END = "<!-- rendered by python -m bench.show.readme from bench/results -->", "<!-- end -->"
 CUDA_START = "<!-- rendered by python -m bench.show.readme from bench/results: cuda -->"
-CUDA_TOKENS = 4096  # README shows one N, the JSON has all
+CUDA_TOKENS = 4096  # a page shows one N, the JSON has all
+# the pages that show results, and which benchmarks each shows
+PAGES = {"README.md": ("train_step",), "docs/benchmarks.md": BENCHMARKS}
 HEADER = {"linear_logprob": "N x H x V, dtype, mode", "dpo_loss": "pairs, T x H x V, dtype, mode"}
 Record = dict[str, Any]
 
@@ -72,7 +75,7 @@ def _training(path: Path, record: Record) -> str:
     shown = "" if all_there else f" Not everything was measured: {path.name} says what."
     clock = "best" if record["clock"] == "best_ms" else "median"
     conditions = sentences.conditions(record["environment"], _versions(record["rows"]))
-    what = f"Pairs per second of the {clock} round; MiB of a step's peak + what is there at rest"
+    what = f"Pairs per second of the {clock} round; MiB: a step's peak + weights, reference and optimizer at rest"
     lines = ["", f"{what}. {conditions}.{shown}"]
     return "\n".join([*tables.markdown(record), *lines, *_ratios_of_a_cpu(record), *_figure(path, record)])
 
@@ -144,39 +147,45 @@ def _versions(rows: list[dict[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(row["version"] for row in rows))
 
 
-def shown() -> list[Path]:
-    """The results that README shows."""
-    return [path for device in ("cpu", "cuda") for name in BENCHMARKS if (path := newest(device, name))]
+def shown(benchmarks: Collection[str] = BENCHMARKS) -> list[Path]:
+    """The results of some benchmarks that pages show."""
+    return [path for device in ("cpu", "cuda") for name in benchmarks if (path := newest(device, name))]
 
 
-def rendered(readme: str) -> str:
-    """README's text with the tables between its markers replaced; GPU tables stand after the CPU's where there are
+def rendered(text: str, page: str = "docs/benchmarks.md") -> str:
+    """A page's text with the tables between its markers replaced; GPU tables stand after the CPU's where there are
     results of one, and nowhere else."""
-    before, _, rest = _without_cuda(readme).partition(START)
+    before, _, rest = _without_cuda(text).partition(START)
     _, _, after = rest.partition(END)
-    here = [table(path) for path in shown() if "_cpu_" in path.name]
+    results = shown(PAGES[page])
+    here = [table(path) for path in results if "_cpu_" in path.name]
     body = "\n" + "\n\n".join(here) + "\n" if here else "\n"
-    measured = [cuda_table(path) for path in shown() if "_cuda_" in path.name]
+    measured = [cuda_table(path) for path in results if "_cuda_" in path.name]
     cuda = f"\n\n{CUDA_START}\n" + "\n\n".join(measured) + f"\n{END}" if measured else ""
-    return f"{before}{START}{body}{END}{cuda}{after}"
+    block = f"{START}{body}{END}{cuda}".replace("](bench/", f"]({'../' * page.count('/')}bench/")
+    return f"{before}{block}{after}"
 
 
-def _without_cuda(readme: str) -> str:
-    before, marker, rest = readme.partition(CUDA_START)
-    return before.rstrip("\n") + rest.partition(END)[2] if marker else readme
+def _without_cuda(text: str) -> str:
+    before, marker, rest = text.partition(CUDA_START)
+    return before.rstrip("\n") + rest.partition(END)[2] if marker else text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    if not path.is_file():
-        print(f"{path} is not there: README and its results are in the checkout, not in the package", file=sys.stderr)
+    absent = [ROOT / page for page in PAGES if not (ROOT / page).is_file()]
+    if absent:
+        print(
+            f"{absent[0]} is not there: README and its results are in the checkout, not in the package", file=sys.stderr
+        )
         return 1
     for result in shown():
         record = json.loads(result.read_text())
         if plot.can_draw(record):
             write_atomic(result.with_suffix(".png"), plot.draw(record))
-    path.write_text(rendered(path.read_text()))
-    print(f"rendered {path.name}", file=sys.stderr)
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rendered(path.read_text(), page))
+        print(f"rendered {page}", file=sys.stderr)
     return 0
 
 

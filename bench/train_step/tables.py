@@ -1,4 +1,4 @@
-"""`train_step` as a table, on a terminal and in README, and what each part of the gain over TRL comes from."""
+"""`train_step` as a table, on a terminal and in pages, and what each part of the gain over TRL comes from."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,7 +66,7 @@ def split(summaries: Mapping[str, Summary], clock: str) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> list[str]:
-    """README's table: one line per case, one column per entry, and each case's gain in parts."""
+    """A page's table: one line per case, one column per entry, and each case's gain in parts."""
     clock, rows = record["clock"], record["rows"]
     entries = list(dict.fromkeys(row["entry"] for row in rows))
     why = reasons(record)

@@ -162,7 +162,7 @@ class DPOConfig(TrainingArguments):
     # the loss, under the names of `LossOptions`
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several that are added with `loss_weights`; README has the table."},
+        metadata={"help": "Loss, or several that are added with `loss_weights`; docs/losses.md has the table."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each loss in `loss_type`; unset: 1 each."}

@@ -1,6 +1,6 @@
 """Preference losses: pure functions of per-sequence log-probs (nats), one loss per pair.
 
-`LOSSES` is the one list of names; the command line, README's table and the tests read it. The same functions serve
+`LOSSES` is the one list of names; the command line, the table in docs and the tests read it. The same functions serve
 log-probs of any origin, fused or not.
 """
 

@@ -8,25 +8,22 @@ scores instead.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.losses.divergences import LARGEST_EXPONENT, FDivergence
 from fastdpo.losses.pairs import (
     PairLogps,
     chosen_logratio,
-    delta,
+    margin,
     per_token,
     rejected_logratio,
     scores,
     smoothed,
     token_nll,
 )
-
-if TYPE_CHECKING:
-    from fastdpo.losses.options import LossOptions
 
 EXO_SMOOTHING = 1e-3  # what the EXO paper recommends; 0 has no logarithm
 
@@ -36,17 +33,18 @@ class Loss:
     """A row of the catalogue.
 
     Attributes:
-        function: (PairLogps, LossOptions) -> (B,).
-        formula, paper: for README's table.
-        options: of `LossOptions`, those it reads besides beta.
+        function: PairLogps -> (B,). Takes beta, `options` and, if they apply, `f_divergence` by keyword.
+        formula, paper: for the table in docs/losses.md.
+        options: of `LossOptions`, those that `function` takes besides beta.
         reference: whether it reads the reference's log-probs.
         f_divergence: whether the f-divergences apply; elsewhere a term of log Z(x) would not cancel.
         averages: whether it divides log-probs by lengths; lengths: whether it cannot do without them.
         sorts: whether its (B,) is not in the order of the pairs.
-        nll: whether it is a likelihood term, which no weight of a pair and no label smoothing applies to.
+        nll: whether it is a likelihood term: it takes neither beta nor `f_divergence`, and no weight of a pair and no
+            label smoothing applies to it.
     """
 
-    function: "Callable[[PairLogps, LossOptions], Tensor]"
+    function: Callable[..., Tensor]
     formula: str
     paper: str
     options: tuple[str, ...] = ()
@@ -58,82 +56,82 @@ class Loss:
     nll: bool = False
 
 
-def sigmoid(logps: PairLogps, options: "LossOptions") -> Tensor:
+def sigmoid(logps: PairLogps, *, beta: float, label_smoothing: float, f_divergence: FDivergence) -> Tensor:
     """DPO, eq. 7 of arXiv:2305.18290: `-log sigmoid(beta h)`.
 
     With `label_smoothing` e this is conservative DPO (cDPO, eq. 3 of the note by E. Mitchell, 2023):
     `-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`, where e is the probability that a label is
     flipped. TRL 1.16 accepts the argument for this loss and ignores it; here it is applied.
     """
-    return smoothed(options.beta * delta(logps, options), options.label_smoothing)
+    return smoothed(beta * margin(logps, f_divergence), label_smoothing)
 
 
-def hinge(logps: PairLogps, options: "LossOptions") -> Tensor:
+def hinge(logps: PairLogps, *, beta: float, f_divergence: FDivergence) -> Tensor:
     """SLiC / RSO, eq. 6 of arXiv:2309.06657: `max(0, 1 - beta h)`; beta is the reciprocal of the margin."""
-    return torch.relu(1 - options.beta * delta(logps, options))
+    return torch.relu(1 - beta * margin(logps, f_divergence))
 
 
-def ipo(logps: PairLogps, options: "LossOptions") -> Tensor:
+def ipo(logps: PairLogps, *, beta: float, f_divergence: FDivergence) -> Tensor:
     """IPO, eq. 17 of arXiv:2310.12036: `(h - 1 / (2 beta))^2`, beta being the paper's tau.
 
     The log-ratios are averaged over each completion's tokens, as in the authors' own runs and in TRL; the
     paper does not discuss it. Log-probs without lengths are taken as averages already.
     """
-    chosen, rejected = scores(logps, options)
-    h = per_token(chosen, logps.chosen_len, options) - per_token(rejected, logps.rejected_len, options)
-    return (h - 1 / (2 * options.beta)) ** 2
+    chosen, rejected = scores(logps, f_divergence)
+    h = per_token(chosen, logps.chosen_len) - per_token(rejected, logps.rejected_len)
+    return (h - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(logps: PairLogps, options: "LossOptions") -> Tensor:
+def exo_pair(logps: PairLogps, *, beta: float, label_smoothing: float, f_divergence: FDivergence) -> Tensor:
     """EXO, eq. 16 of arXiv:2402.00856: the KL from the policy's preference to the label's, `(1 - e, e)`.
 
     `s(h) (log s(h) - log(1 - e)) + s(-h) (log s(-h) - log e)` with s = sigmoid, h scaled by beta. e is
     `label_smoothing`; 0 has no logarithm, so 1e-3 is taken, the paper's (TRL 1.16 raises, older ones did the same).
     """
-    e = options.label_smoothing or EXO_SMOOTHING
-    h = options.beta * delta(logps, options)
+    e = label_smoothing or EXO_SMOOTHING
+    h = beta * margin(logps, f_divergence)
     chosen = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-e))
     return chosen + torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(e))
 
 
-def nca_pair(logps: PairLogps, options: "LossOptions") -> Tensor:
+def nca_pair(logps: PairLogps, *, beta: float) -> Tensor:
     """NCA for a pair, arXiv:2402.05369.
 
     `-log s(beta u_w) - 0.5 log s(-beta u_w) - 0.5 log s(-beta u_l)`: the likelihood itself counts, not only the margin.
     """
-    chosen, rejected = options.beta * chosen_logratio(logps), options.beta * rejected_logratio(logps)
+    chosen, rejected = beta * chosen_logratio(logps), beta * rejected_logratio(logps)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def robust(logps: PairLogps, options: "LossOptions") -> Tensor:
+def robust(logps: PairLogps, *, beta: float, label_smoothing: float, f_divergence: FDivergence) -> Tensor:
     """Robust DPO, arXiv:2403.00409: unbiased where a share e of the labels is flipped.
 
     `(-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e)`; e is `label_smoothing`, 0 gives DPO.
     """
-    e = options.label_smoothing
-    h = options.beta * delta(logps, options)
+    e = label_smoothing
+    h = beta * margin(logps, f_divergence)
     return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
 
 
-def bco_pair(logps: PairLogps, options: "LossOptions") -> Tensor:
+def bco_pair(logps: PairLogps, *, beta: float) -> Tensor:
     """BCO on pairs, arXiv:2404.04656: `-log s(beta u_w) - log s(-beta u_l)`.
 
     Without the paper's running mean of the rewards as shift, as in TRL 1.16; TRL before 0.29 subtracted it.
     """
-    chosen, rejected = options.beta * chosen_logratio(logps), options.beta * rejected_logratio(logps)
+    chosen, rejected = beta * chosen_logratio(logps), beta * rejected_logratio(logps)
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
-def sppo_hard(logps: PairLogps, options: "LossOptions") -> Tensor:
+def sppo_hard(logps: PairLogps, *, beta: float) -> Tensor:
     """SPPO, eq. 4.7 of arXiv:2405.00675 with win probabilities 1 and 0.
 
     `(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2`
     """
-    half = 0.5 / options.beta
+    half = 0.5 / beta
     return (chosen_logratio(logps) - half) ** 2 + (rejected_logratio(logps) + half) ** 2
 
 
-def aot(logps: PairLogps, options: "LossOptions") -> Tensor:
+def aot(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
     """AOT, paired form, of arXiv:2406.05882: DPO between sorted policy and sorted reference margins.
 
     The margins `p_w - p_l` and `ref_w - ref_l` are sorted over the micro-batch, as in TRL, so the loss depends on how
@@ -141,44 +139,42 @@ def aot(logps: PairLogps, options: "LossOptions") -> Tensor:
     """
     policy = (logps.chosen - logps.rejected).sort().values
     reference = (logps.ref_chosen - logps.ref_rejected).sort().values
-    return smoothed(options.beta * (policy - reference), options.label_smoothing)
+    return smoothed(beta * (policy - reference), label_smoothing)
 
 
-def aot_unpaired(logps: PairLogps, options: "LossOptions") -> Tensor:
+def aot_unpaired(logps: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
     """AOT, unpaired form, of arXiv:2406.05882: DPO between sorted u_w and sorted u_l of the micro-batch, as in TRL.
 
     TRL called it `aot_pair` up to 0.28; both names are known here.
     """
     chosen, rejected = chosen_logratio(logps).sort().values, rejected_logratio(logps).sort().values
-    return smoothed(options.beta * (chosen - rejected), options.label_smoothing)
+    return smoothed(beta * (chosen - rejected), label_smoothing)
 
 
-def apo_zero(logps: PairLogps, options: "LossOptions") -> Tensor:
+def apo_zero(logps: PairLogps, *, beta: float) -> Tensor:
     """APO-zero, eq. 7 of arXiv:2408.06266, for answers better than the model's: `1 - s(beta u_w) + s(beta u_l)`."""
     # 1 - s(x) = s(-x), without the cancellation
-    return torch.sigmoid(-options.beta * chosen_logratio(logps)) + torch.sigmoid(
-        options.beta * rejected_logratio(logps)
-    )
+    return torch.sigmoid(-beta * chosen_logratio(logps)) + torch.sigmoid(beta * rejected_logratio(logps))
 
 
-def apo_down(logps: PairLogps, options: "LossOptions") -> Tensor:
+def apo_down(logps: PairLogps, *, beta: float) -> Tensor:
     """APO-down, eq. 8 of arXiv:2408.06266, for answers worse than the model's: `s(beta u_w) + 1 - s(beta h)`."""
     chosen = chosen_logratio(logps)
-    return torch.sigmoid(options.beta * chosen) + torch.sigmoid(-options.beta * (chosen - rejected_logratio(logps)))
+    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected_logratio(logps)))
 
 
-def discopop(logps: PairLogps, options: "LossOptions") -> Tensor:
+def discopop(logps: PairLogps, *, beta: float, discopop_tau: float, f_divergence: FDivergence) -> Tensor:
     """DiscoPOP, eq. 5 of arXiv:2406.08414 (log-ratio modulated loss).
 
-    `(1 - m) (-log s(beta h)) + m exp(-beta h)`, m = s(beta h / discopop_tau). Exponents end at 80, so that fp32 stays
-    finite where m is 0.
+    `(1 - m) (-log s(beta h)) + m exp(-beta h)`, m = s(beta h / discopop_tau). Exponents end at 80, so that fp32
+    stays finite where m is 0.
     """
-    h = options.beta * delta(logps, options)
-    m = torch.sigmoid(h / options.discopop_tau)
-    return (1 - m) * -F.logsigmoid(h) + m * torch.exp((-h).clamp(max=80.0))
+    h = beta * margin(logps, f_divergence)
+    m = torch.sigmoid(h / discopop_tau)
+    return (1 - m) * -F.logsigmoid(h) + m * torch.exp((-h).clamp(max=LARGEST_EXPONENT))
 
 
-def sft(logps: PairLogps, options: "LossOptions") -> Tensor:
+def sft(logps: PairLogps) -> Tensor:
     """The negative log-likelihood of the chosen completions, a mean over the tokens of the micro-batch as in TRL.
 
     Each of the (B,) entries is that mean: the term of MPO (arXiv:2411.10442) and RPO. LD-DPO's weights and WPO's do not
@@ -187,34 +183,34 @@ def sft(logps: PairLogps, options: "LossOptions") -> Tensor:
     return token_nll(logps).expand(len(logps.chosen))
 
 
-def sigmoid_norm(logps: PairLogps, options: "LossOptions") -> Tensor:
+def sigmoid_norm(logps: PairLogps, *, beta: float, f_divergence: FDivergence) -> Tensor:
     """Length-normalized DPO (arXiv:2411.15124): `-log s(beta (u_w / len_w - u_l / len_l))`."""
-    chosen, rejected = scores(logps, options)
-    h = per_token(chosen, logps.chosen_len, options) - per_token(rejected, logps.rejected_len, options)
-    return -F.logsigmoid(options.beta * h)
+    chosen, rejected = scores(logps, f_divergence)
+    h = per_token(chosen, logps.chosen_len) - per_token(rejected, logps.rejected_len)
+    return -F.logsigmoid(beta * h)
 
 
-def simpo(logps: PairLogps, options: "LossOptions") -> Tensor:
+def simpo(logps: PairLogps, *, beta: float, label_smoothing: float, simpo_gamma: float) -> Tensor:
     """SimPO, eq. 6 of arXiv:2405.14734: `-log s(beta (p_w / len_w - p_l / len_l) - gamma)`, gamma = `simpo_gamma`.
 
     gamma is the paper's target margin, in units of the reward (LLaMA-Factory and TRL's CPOTrainer mean the same).
     `label_smoothing` as for sigmoid.
     """
-    chosen = per_token(logps.chosen, logps.chosen_len, options)
-    rejected = per_token(logps.rejected, logps.rejected_len, options)
-    return smoothed(options.beta * (chosen - rejected) - options.simpo_gamma, options.label_smoothing)
+    chosen = per_token(logps.chosen, logps.chosen_len)
+    rejected = per_token(logps.rejected, logps.rejected_len)
+    return smoothed(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
 
 
-def orpo(logps: PairLogps, options: "LossOptions") -> Tensor:
+def orpo(logps: PairLogps, *, beta: float) -> Tensor:
     """ORPO, eq. 6 and 7 of arXiv:2403.07691: `-q_w - beta log s(log odds(q_w) - log odds(q_l))`, q = p / len.
 
     odds(q) = exp(q) / (1 - exp(q)), and beta is the paper's lambda. The likelihood term is a mean over each chosen
     completion, as in LLaMA-Factory; TRL's ORPOTrainer takes it over the tokens of the micro-batch, prompts included.
     """
-    chosen = per_token(logps.chosen, logps.chosen_len, options)
-    rejected = per_token(logps.rejected, logps.rejected_len, options)
+    chosen = per_token(logps.chosen, logps.chosen_len)
+    rejected = per_token(logps.rejected, logps.rejected_len)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -chosen - options.beta * F.logsigmoid(log_odds)
+    return -chosen - beta * F.logsigmoid(log_odds)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -223,18 +219,16 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.log(-torch.expm1(x))
 
 
-def cpo(logps: PairLogps, options: "LossOptions") -> Tensor:
+def cpo(logps: PairLogps, *, beta: float, label_smoothing: float, cpo_alpha: float) -> Tensor:
     """CPO, arXiv:2401.08417: `-log s(beta (p_w - p_l)) + cpo_alpha NLL(y_w)`.
 
     The likelihood term is a mean over the chosen tokens of the micro-batch, as in TRL's CPOTrainer; WPO's weights apply
     to the whole. `label_smoothing` as for sigmoid.
     """
-    return smoothed(
-        options.beta * (logps.chosen - logps.rejected), options.label_smoothing
-    ) + options.cpo_alpha * token_nll(logps)
+    return smoothed(beta * (logps.chosen - logps.rejected), label_smoothing) + cpo_alpha * token_nll(logps)
 
 
-def kto_pair(logps: PairLogps, options: "LossOptions") -> Tensor:
+def kto_pair(logps: PairLogps, *, beta: float) -> Tensor:
     """KTO on pairs (eq. 7 of arXiv:2402.01306, in the paired form that LLaMA-Factory's `pref_loss` names).
 
     `0.5 (1 - s(beta (u_w - z_l))) + 0.5 (1 - s(beta (z_w - u_l)))`: z_w and z_l are the means of u_w and u_l over the
@@ -243,8 +237,8 @@ def kto_pair(logps: PairLogps, options: "LossOptions") -> Tensor:
     """
     chosen, rejected = chosen_logratio(logps), rejected_logratio(logps)
     chosen_kl, rejected_kl = chosen.detach().mean().clamp(min=0), rejected.detach().mean().clamp(min=0)
-    better = torch.sigmoid(-options.beta * (chosen - rejected_kl))
-    worse = torch.sigmoid(-options.beta * (chosen_kl - rejected))
+    better = torch.sigmoid(-beta * (chosen - rejected_kl))
+    worse = torch.sigmoid(-beta * (chosen_kl - rejected))
     return 0.5 * (better + worse)
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from fastdpo.losses.catalogue import ALIASES, EXO_SMOOTHING, LOSSES, Loss
+from fastdpo.losses.divergences import F_DIVERGENCES, FDivergence
 from fastdpo.wording import closest
 
 logger = logging.getLogger(__name__)
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 AGGREGATES = ("sum", "mean")
 
 
@@ -129,16 +129,16 @@ class LossOptions:
         for name in self.names:
             loss = LOSSES[name]
             if self.label_smoothing and "label_smoothing" not in loss.options and not loss.nll:
-                takes = [n for n, other in LOSSES.items() if "label_smoothing" in other.options]
+                applicable = [n for n, other in LOSSES.items() if "label_smoothing" in other.options]
                 raise ValueError(
                     f"loss {name!r} has no label smoothing, got label_smoothing={self.label_smoothing}; "
-                    f"it applies to {', '.join(takes)}."
+                    f"it applies to {', '.join(applicable)}."
                 )
             if self.f_divergence_type != "reverse_kl" and not loss.f_divergence:
-                takes = [n for n, other in LOSSES.items() if other.f_divergence]
+                applicable = [n for n, other in LOSSES.items() if other.f_divergence]
                 raise ValueError(
                     f"f_divergence_type={self.f_divergence_type!r} does not apply to the loss {name!r}, but to "
-                    f"{', '.join(takes)}; leave it out for {name!r}."
+                    f"{', '.join(applicable)}; leave it out for {name!r}."
                 )
             if self.use_weighting and loss.sorts:
                 raise ValueError(
@@ -150,8 +150,8 @@ class LossOptions:
     @property
     def names(self) -> tuple[str, ...]:
         """The losses' names in `LOSSES`."""
-        given = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
-        return tuple(canonical_name(name) for name in given)
+        names = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        return tuple(canonical_name(name) for name in names)
 
     @property
     def terms(self) -> list[tuple[Loss, float]]:
@@ -160,13 +160,18 @@ class LossOptions:
         return [(LOSSES[name], weight) for name, weight in zip(self.names, weights, strict=True)]
 
     @property
+    def f_divergence(self) -> FDivergence:
+        """What stands in the place of the log-ratios."""
+        return FDivergence(self.f_divergence_type, self.f_alpha_divergence_coef)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a loss reads the reference's log-probs."""
         return not self.reference_free and any(LOSSES[name].reference for name in self.names)
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether the numbers of scored tokens must be given."""
+        """Whether a loss cannot do without the numbers of scored tokens."""
         return self.rpo_alpha is not None or any(LOSSES[name].lengths for name in self.names)
 
 

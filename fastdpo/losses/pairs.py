@@ -1,16 +1,11 @@
 """What a loss reads: the log-probs of B pairs, and the quantities that every loss is made of."""
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastdpo.losses.options import LossOptions
-
-LARGEST_EXPONENT = 80.0  # exp of it is finite in fp32
+from fastdpo.losses.divergences import FDivergence, score
 
 
 class PairLogps(NamedTuple):
@@ -67,39 +62,20 @@ def rejected_logratio(logps: PairLogps) -> Tensor:
     return logps.rejected - logps.ref_rejected
 
 
-def scores(logps: PairLogps, options: "LossOptions") -> tuple[Tensor, Tensor]:
-    """f'(pi / pi_ref) of chosen and rejected, (B,) each: table 1 of f-DPO, arXiv:2309.16240, up to constants.
-
-    With u = log(pi / pi_ref): reverse_kl gives u (DPO), forward_kl `1 - exp(-u)`, js_divergence `log 2 + log s(u)`,
-    alpha_divergence `(exp((a - 1) u) - 1) / (a - 1)`, as in TRL 1.16. TRL before 0.29 had `(1 - exp(-b u)) / b`, the
-    same with a = 1 - b, and b = 1 as default. Exponents end at 80, so that exp stays finite in fp32.
-    """
-    return _score(chosen_logratio(logps), options), _score(rejected_logratio(logps), options)
+def scores(logps: PairLogps, f_divergence: FDivergence) -> tuple[Tensor, Tensor]:
+    """The scores of chosen and rejected, (B,) each: the log-ratios themselves under reverse_kl."""
+    return score(chosen_logratio(logps), f_divergence), score(rejected_logratio(logps), f_divergence)
 
 
-def _score(u: Tensor, options: "LossOptions") -> Tensor:
-    kind = options.f_divergence_type
-    if kind == "forward_kl":
-        return -torch.expm1((-u).clamp(max=LARGEST_EXPONENT))
-    if kind == "js_divergence":
-        return math.log(2) + F.logsigmoid(u)
-    if kind == "alpha_divergence" and abs(options.f_alpha_divergence_coef - 1) >= 1e-6:
-        slope = options.f_alpha_divergence_coef - 1
-        return torch.expm1((slope * u).clamp(max=LARGEST_EXPONENT)) / slope
-    return u
-
-
-def delta(logps: PairLogps, options: "LossOptions") -> Tensor:
+def margin(logps: PairLogps, f_divergence: FDivergence) -> Tensor:
     """The chosen score minus the rejected one, (B,): h of DPO under reverse_kl."""
-    chosen, rejected = scores(logps, options)
+    chosen, rejected = scores(logps, f_divergence)
     return chosen - rejected
 
 
-def per_token(value: Tensor, length: Tensor | None, options: "LossOptions") -> Tensor:
-    """A sum over a completion, divided by its scored tokens (by 1 where there are none); averages stay."""
-    if length is None or options.aggregate == "mean":
-        return value
-    return value / length.clamp(min=1)
+def per_token(value: Tensor, length: Tensor | None) -> Tensor:
+    """A sum over a completion, divided by its scored tokens (by 1 where there are none); averages have no length."""
+    return value if length is None else value / length.clamp(min=1)
 
 
 def token_nll(logps: PairLogps) -> Tensor:

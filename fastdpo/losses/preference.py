@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses.catalogue import LOSSES
+from fastdpo.losses.catalogue import LOSSES, Loss
 from fastdpo.losses.options import LossOptions
 from fastdpo.losses.pairs import PairLogps, PreferenceOutput, chosen_logratio, per_token, rejected_logratio, token_nll
 
@@ -53,7 +53,7 @@ def pair_losses(logps: PairLogps, options: LossOptions) -> PreferenceOutput:
     for loss, weight in options.terms:
         if weight == 0 and len(options.terms) > 1:
             continue  # 0 times an infinite term would be NaN
-        term = loss.function(logps, options)
+        term = _term(loss, logps, options)
         if options.use_weighting and not loss.nll:
             assert logps.pair_weight is not None
             term = term * logps.pair_weight.detach()
@@ -67,6 +67,21 @@ def pair_losses(logps: PairLogps, options: LossOptions) -> PreferenceOutput:
         scored = logps.chosen_len
         total = total - options.pref_ftx * (plain if scored is None else plain / scored.clamp(min=1))
     return PreferenceOutput(total, *_rewards(logps, options))
+
+
+def _term(loss: Loss, logps: PairLogps, options: LossOptions) -> Tensor:
+    """(B,) of one loss, called with what its row in the catalogue says that it takes."""
+    keywords = {name: getattr(options, name) for name in loss.options}
+    if not loss.nll:
+        keywords["beta"] = options.beta
+    if loss.f_divergence and not loss.nll:
+        keywords["f_divergence"] = options.f_divergence
+    return loss.function(_for_averaging(logps, options) if loss.averages else logps, **keywords)
+
+
+def _for_averaging(logps: PairLogps, options: LossOptions) -> PairLogps:
+    """`logps` for a loss that divides by lengths: what is averaged already has none."""
+    return logps if options.aggregate == "sum" else logps._replace(chosen_len=None, rejected_len=None)
 
 
 def _aggregated(logps: PairLogps, options: LossOptions) -> PairLogps:
@@ -94,6 +109,6 @@ def _rewards(logps: PairLogps, options: LossOptions) -> tuple[Tensor, Tensor]:
         return options.beta * chosen_logratio(logps).detach(), options.beta * rejected_logratio(logps).detach()
     chosen, rejected = logps.chosen.detach(), logps.rejected.detach()
     if all(LOSSES[name].averages for name in options.names):
-        chosen = per_token(chosen, logps.chosen_len, options)
-        rejected = per_token(rejected, logps.rejected_len, options)
+        logps = _for_averaging(logps, options)
+        chosen, rejected = per_token(chosen, logps.chosen_len), per_token(rejected, logps.rejected_len)
     return options.beta * chosen, options.beta * rejected

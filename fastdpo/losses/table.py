@@ -1,4 +1,4 @@
-"""README's table of losses, rendered from `LOSSES`: `python -m fastdpo.losses.table` prints it."""
+"""The table of docs/losses.md, rendered from `LOSSES`: `python -m fastdpo.losses.table` prints it."""
 
 from fastdpo.losses.catalogue import ALIASES, LOSSES
 

@@ -1,4 +1,4 @@
-"""README: tables and figures are what bench/results says."""
+"""README and docs/benchmarks.md: tables and figures are what bench/results says."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_gpus_table_says_what_was_measured_and_what_was_not(bench, tmp_path):
     )
 
 
-def test_readme_has_gpu_tables_only_where_there_are_results(bench, tmp_path, monkeypatch):
+def test_pages_have_gpu_tables_only_where_there_are_results(bench, tmp_path, monkeypatch):
     tables = bench.show.readme
     readme = f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n"
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
@@ -59,6 +59,7 @@ def test_readme_has_gpu_tables_only_where_there_are_results(bench, tmp_path, mon
     assert tables.rendered(both) == both
     other.unlink()
     assert tables.rendered(both) == one
+    assert tables.rendered(one, "README.md") == empty  # which shows other benchmarks
     next(iter(tmp_path.glob("*"))).unlink()
     assert tables.rendered(one) == empty
 
@@ -87,36 +88,44 @@ def test_points_of_a_plot_are_a_figure_and_no_rows_of_the_table(bench, tmp_path)
     assert f"| 16 x 300, bf16 trained | {' | '.join(cells)} |" in table
 
 
-def test_readme_renders_every_case_and_draws_their_figures(bench, tmp_path, monkeypatch, capsys):
+def test_pages_render_their_benchmarks_and_figures(bench, tmp_path, monkeypatch, capsys):
     tables = bench.show.readme
-    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme, page, results = tmp_path / "README.md", tmp_path / "docs/benchmarks.md", tmp_path / "results"
+    empty = f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n"
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", results)
     assert tables.main() == 1
     assert "README and its results are in the checkout, not in the package" in capsys.readouterr().err
-    readme.write_text(f"before\n\n{tables.START}\nold\n{tables.END}\n\nafter\n")
+    readme.write_text(empty)
+    assert tables.main() == 1
+    page.parent.mkdir()
+    page.write_text(empty)
     peers = {"linear_logprob": "eager", "dpo_loss": "eager", "train_step": "trl"}
     for case, peer in peers.items():
         bench.measured(results, "--rounds", "1", "--plot", "--entries", f"fastdpo,{peer}", case=case)
     for path in results.glob("*.png"):
         path.unlink()
     assert tables.main() == 0
-    text = readme.read_text()
+    text, shown = page.read_text(), readme.read_text()
     assert tables.rendered(text) == text
+    assert tables.rendered(shown, "README.md") == shown
     assert "\n| N x H x V, dtype, mode | fastdpo" in text
     assert "\n| pairs, T x H x V, dtype, mode | fastdpo" in text
     assert "\n| model, pairs of tokens, dtype, mode | fastdpo" in text
+    assert [line.partition(",")[0] for line in shown.splitlines() if "dtype, mode" in line] == ["| model"]
     for path in results.glob("*.json"):
-        assert f"(bench/results/{path.stem}.png)" in text
+        assert f"(../bench/results/{path.stem}.png)" in text
+        assert (f"(bench/results/{path.stem}.png)" in shown) is path.stem.startswith("train_step")
         record = json.loads(path.read_text())
         assert Image.open(path.with_suffix(".png")).info[bench.show.plot.DIGEST] == bench.show.plot.digest(record)
 
 
-def test_the_figures_of_readme_are_drawn_from_its_results(bench):
-    readme = (bench.show.readme.ROOT / "README.md").read_text()
-    for path in bench.show.readme.shown():
+def test_the_figures_of_the_pages_are_drawn_from_their_results(bench):
+    root, pages = bench.show.readme.ROOT, bench.show.readme.PAGES
+    for page, path in ((page, path) for page, cases in pages.items() for path in bench.show.readme.shown(cases)):
         record = json.loads(path.read_text())
-        assert (f"(bench/results/{path.stem}.png)" in readme) is bench.show.plot.can_draw(record)
+        figure = f"bench/results/{path.stem}.png)"
+        assert (figure in (root / page).read_text()) is bench.show.plot.can_draw(record)
         if bench.show.plot.can_draw(record):
             image = Image.open(path.with_suffix(".png"))
             assert image.info[bench.show.plot.DIGEST] == bench.show.plot.digest(record), (
