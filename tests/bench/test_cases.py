@@ -30,11 +30,13 @@ def test_masks_are_prompt_shaped(bench):
 
 def test_the_cases_of_a_gpu_come_in_order_of_importance(bench):
     cases = bench.linear_logprob.cases.logprob_cases("cuda", quick=False, real=(4096, 576, 49152))
-    assert {c.head for c in cases[:18]} == bench.linear_logprob.cases.HEADS.keys()
-    assert {(c.n, c.dtype) for c in cases[:18]} == {(4096, "bf16")}
-    assert [c.inputs for c in cases[18:21]] == ["real"] * 3
-    assert [c.n for c in cases[21:57]] == [1024] * 18 + [16384] * 18
-    assert [c.dtype for c in cases[57:]] == ["fp16"] * 3 + ["fp32"] * 3
+    heads = bench.linear_logprob.cases.HEADS
+    turn = 3 * len(heads)  # over the heads, in three modes
+    assert {c.head for c in cases[:turn]} == heads.keys()
+    assert {(c.n, c.dtype) for c in cases[:turn]} == {(4096, "bf16")}
+    assert [c.inputs for c in cases[turn : turn + 3]] == ["real"] * 3
+    assert [c.n for c in cases[turn + 3 : -6]] == [1024] * turn + [16384] * turn
+    assert [c.dtype for c in cases[-6:]] == ["fp16"] * 3 + ["fp32"] * 3
     assert len({c.name for c in cases}) == len(cases)
     assert next(c for c in cases if c.head == "Gemma-2-2B").softcap == 30.0
 

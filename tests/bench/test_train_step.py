@@ -235,7 +235,7 @@ def test_models_stand_beside_each_other_in_one_models_memory(train_step, toy):
 
 def test_models_of_a_gpu_are_those_of_the_issue_and_fit(bench, train_step):
     cases = train_step.cases.train_cases("cuda", False)
-    assert {case.head for case in cases} == {"Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B"}
+    assert {case.head for case in cases} >= {"Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B"}
     assert {case.head for case in cases if case.mode == "lora"} == {case.head for case in cases}
     assert len({case.name for case in cases}) == len(cases)
     known = {factory.name for factory in train_step.peers.FACTORIES}
