@@ -6,8 +6,14 @@ from difflib import get_close_matches
 
 
 def closest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant, for "did you mean"; None where none is near."""
+    """The known name that was probably meant; None where none is near."""
     return next(iter(get_close_matches(str(name), list(known), n=1)), None)
+
+
+def did_you_mean(name: object, known: Iterable[str], quote: str = "'", prefix: str = "") -> str:
+    """`did you mean 'beta'?`, or "" where no known name is near. prefix: what stands before a name, such as `--`."""
+    close = closest(name, known)
+    return f"did you mean {quote}{prefix}{close}{quote}?" if close else ""
 
 
 def why_not_json(error: ValueError | RecursionError) -> str:

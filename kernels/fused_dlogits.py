@@ -98,20 +98,20 @@ def fused_dlogits(
     slope: float,
 ) -> None:
     """d (n, c) = d loss / d product: `exp(logit - m) * others`, at the target `target`, times curve and slope."""
-    given = operands(hidden, weight, lora, d, config)
+    arguments = operands(hidden, weight, lora, d, config)
     _fused_dlogits_kernel[grid(hidden, weight, config)](
-        *given.tensors,
+        *arguments.tensors,
         local,
         m if bias is None else bias,
         m,
         others,
         target,
-        *given.sizes,
+        *arguments.sizes,
         scale,
         1.0 / softcap if softcap else 1.0,
         cap or 1.0,
         slope,
         BIAS=bias is not None,
         CAP=bool(softcap),
-        **given.constants,
+        **arguments.constants,
     )

@@ -150,9 +150,9 @@ def fused_fold(
     A logit is `z * scale`, or `cap * tanh(z * scale / softcap)`; lora is (u (n, r), B (c, r)).
     """
     m = partials["m"]
-    given = operands(hidden, weight, lora, e, config)
+    arguments = operands(hidden, weight, lora, e, config)
     _fused_fold_kernel[grid(hidden, weight, config)](
-        *given.tensors,
+        *arguments.tensors,
         local,
         m if bias is None else bias,
         m if offset is None else offset,
@@ -162,7 +162,7 @@ def fused_fold(
         partials.get("sq", m),
         partials.get("zsum", m),
         zy,
-        *given.sizes,
+        *arguments.sizes,
         m.stride(0),
         scale,
         1.0 / softcap if softcap else 1.0,
@@ -174,5 +174,5 @@ def fused_fold(
         MEAN="zsum" in partials,
         WRITE=e is not None,
         WINDOW=window,
-        **given.constants,
+        **arguments.constants,
     )

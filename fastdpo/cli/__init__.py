@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 from fastdpo.versions import __version__
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
 COMMANDS = {
     "train": "train a model on preference pairs with DPO",
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastdpo {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        close = closest(argv[0], COMMANDS)
-        hint = f"did you mean '{close}'?" if close else f"the commands are: {', '.join(COMMANDS)}."
+        hint = did_you_mean(argv[0], COMMANDS) or f"the commands are: {', '.join(COMMANDS)}."
         print(f"fastdpo: error: there is no command '{argv[0]}'; {hint}", file=sys.stderr)
         return 2
     return command_module(argv[0]).main(argv[1:])

@@ -1,4 +1,4 @@
-"""What the smaller commands share: a parser that answers in one sentence, and how a run of one ends."""
+"""What all commands share: a parser that answers in one sentence, and how a run ends."""
 
 import argparse
 import contextlib
@@ -13,55 +13,69 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastdpo.cli.errors import UsageError, WriteFailed
+from fastdpo.cli.errors import TrainingFailed, UsageError, WriteFailed
 from fastdpo.escaping import visible
 from fastdpo.files import write_atomic
-from fastdpo.wording import closest, one_sentence
+from fastdpo.wording import did_you_mean, one_sentence
+
+Result = TypeVar("Result")
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse with UsageError for exit, and with `-` for `_` in names; has --json, --debug and --help."""
+class SentenceParser(argparse.ArgumentParser):
+    """argparse with UsageError for exit, whole names alone, and help in two columns."""
 
-    def __init__(self, name: str, arguments: str, description: str, epilog: str | None = None) -> None:
+    def __init__(self, prog: str, usage: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
-            prog=f"fastdpo {name}",
-            usage=f"fastdpo {name} {arguments}",
+            prog=prog,
+            usage=usage,
             description=description,
             epilog=epilog,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
             add_help=False,
             allow_abbrev=False,
         )
-        self.name = name
-        command = self.add_argument_group("command")
-        command.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
-        command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-        command.add_argument("-h", "--help", action="store_true", help="this text")
 
     def error(self, message: str) -> Any:
         raise UsageError(message.removeprefix("argument "))
 
+
+class CommandParser(SentenceParser):
+    """A parser with `-` for `_` in names, and with --json, --debug and --help. json_help: what --json gives."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        description: str,
+        epilog: str | None = None,
+        json_help: str = "the result as one JSON object on stdout",
+    ) -> None:
+        super().__init__(f"fastdpo {name}", f"fastdpo {name} {arguments}", description, epilog)
+        command = self.add_argument_group("command")
+        command.add_argument("--json", action="store_true", help=json_help)
+        command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        command.add_argument("-h", "--help", action="store_true", help="this text")
+
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments. Raises UsageError with one sentence."""
         canonical = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), text) for text in argv]
-        given, unknown = self.parse_known_args(canonical)
+        arguments, unknown = self.parse_known_args(canonical)
         if unknown:
             name = unknown[0].partition("=")[0]
+            see = f"see {self.prog} --help"
             if not name.startswith("-"):
-                raise UsageError(
-                    f"'{unknown[0]}' is one argument too many: others are --name value (see fastdpo {self.name} --help)"
-                )
+                takes_words = bool(self._get_positional_actions())
+                why = "is one argument too many: others" if takes_words else "stands alone: arguments"
+                raise UsageError(f"'{unknown[0]}' {why} are --name value ({see})")
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            close = closest(name, flags)
-            hint = f"did you mean '{close}'?" if close else f"see fastdpo {self.name} --help"
-            raise UsageError(f"there is no argument '{name}': {hint}")
-        return given
+            raise UsageError(f"there is no argument '{name}': {did_you_mean(name, flags) or see}")
+        return arguments
 
 
-def count_above(lowest: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers of `lowest` or more."""
+def count_from(lowest: int, said: str | None = None) -> Callable[[str], int]:
+    """An argparse type: whole numbers of `lowest` or more. said: how a message puts that."""
 
     def convert(text: str) -> int:
         try:
@@ -69,7 +83,7 @@ def count_above(lowest: int) -> Callable[[str], int]:
         except ValueError:
             value = lowest - 1
         if value < lowest:
-            raise argparse.ArgumentTypeError(f"should be a whole number of {lowest} or more, got {text!r}")
+            raise argparse.ArgumentTypeError(f"should be a whole number {said or f'of {lowest} or more'}, got {text!r}")
         return value
 
     return convert
@@ -84,8 +98,8 @@ def number_from(lowest: float, above: bool = False) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < lowest or (above and value == lowest):
-            wanted = f"above {lowest:g}" if above else f"of {lowest:g} or more"
-            raise argparse.ArgumentTypeError(f"should be a number {wanted}, got {text!r}")
+            said = f"above {lowest:g}" if above else f"of {lowest:g} or more"
+            raise argparse.ArgumentTypeError(f"should be a number {said}, got {text!r}")
         return value
 
     return convert
@@ -115,67 +129,108 @@ def write_result(path: Path, data: str | bytes) -> None:
         raise WriteFailed(f"{path} cannot be written: {error.strerror}") from error
 
 
+# what a library or a step of ours raises where the input is at fault
+INPUT_ERRORS = (ValueError, OSError, ImportError)
+
+
 def run_command(
     parser: CommandParser,
     argv: list[str],
     work: Callable[[argparse.Namespace], dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
+    *,
+    not_finite: Callable[[float], Any] = lambda number: None,
+    **ending: Any,
 ) -> int:
-    """Parse, work, print. Exit code: 0 done, 1 failed, 2 the input was wrong (one sentence), 130 interrupted.
+    """Help, or: parse, work, print as text or as JSON (--json). The exit code of `end_command`, which takes `ending`.
 
-    stdout gets the result (as text, or as JSON with --json), stderr everything else.
+    not_finite: what JSON has in place of NaN and infinities.
     """
     if {"-h", "--help"} & set(argv):
         print(parser.format_help(), end="")
         return 0
-    debug = "--debug" in argv
+
+    def show(result: dict[str, Any]) -> str:
+        if "--json" not in argv:
+            return visible(render(result)) + "\n"
+        return json.dumps(_finite(result, not_finite), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    return end_command(parser.prog, "--debug" in argv, lambda: work(parser.read(argv)), show, **ending)
+
+
+def end_command(
+    name: str,
+    debug: bool,
+    work: Callable[[], Result],
+    show: Callable[[Result], str],
+    *,
+    exit_code: Callable[[Result], int] = lambda result: 0,
+    input_errors: tuple[type[Exception], ...] = INPUT_ERRORS,
+    interrupted: Callable[[], str] = lambda: "interrupted",
+    noun: str = "the result",
+) -> int:
+    """Work, print what `show` makes of the result, and end: every command's exit codes and sentences.
+
+    0, or `exit_code` of the result: done. 1: failed. 2: the input was wrong, one of `input_errors`. 130: interrupted.
+    What a SystemExit says, where it was said already why (a signal).
+    stdout gets the result, stderr everything else. `noun`: what cannot be printed where stdout cannot be written.
+    """
     try:
-        given = parser.read(argv)
-        # libraries print to stdout, which is the result's
+        # progress bars and libraries print to stdout, which is the result's
         with contextlib.redirect_stdout(sys.stderr), log_to_stderr():
-            result = work(given)
+            result = work()
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{name}: {interrupted()}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except SystemExit as end:
+        if isinstance(end.code, str):  # a library's
+            return _fail(debug, f"{name}: failed: {one_sentence(end)}", 1)
+        return end.code or 0
+    except input_errors as error:
         # a message of ours may list rows line by line
-        ours = type(error).__module__.startswith("fastdpo.")
-        return fail(debug, f"{parser.prog}: error: {error if ours else one_sentence(error)}", 2)
+        return _fail(debug, f"{name}: error: {error if _is_ours(error) else one_sentence(error)}", 2)
     except RecursionError:  # of a library, or one of the steps that walk what was read
-        return fail(debug, f"{parser.prog}: error: {NESTED}", 2)
-    except WriteFailed as error:
-        return fail(debug, f"{parser.prog}: failed: {error}", 1)
+        return _fail(debug, f"{name}: error: {NESTED}", 2)
     except Exception as error:
-        hint = "" if debug else " (--debug shows the traceback)"
-        return fail(debug, f"{parser.prog}: failed: {type(error).__name__}: {one_sentence(error)}{hint}", 1)
-    text = (
-        json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False)
-        if given.json
-        else visible(render(result))
-    )
+        return _fail(debug, f"{name}: failed: {_failure(error, debug)}", 1)
     try:
-        print(text, flush=True)
+        print(show(result), end="", flush=True)
     except OSError as error:
         # the interpreter flushes once more as it ends, and would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return fail(debug, f"{parser.prog}: failed: the result cannot be printed to stdout: {error.strerror}", 1)
-    return 0
+        return _fail(debug, f"{name}: failed: {noun} cannot be printed to stdout: {error.strerror}", 1)
+    return exit_code(result)
 
 
-def fail(debug: bool, message: str, code: int) -> int:
+def _fail(debug: bool, message: str, code: int) -> int:
     if debug:
         traceback.print_exc()
     print(visible(message), file=sys.stderr)
     return code
 
 
-def _finite(value: Any) -> Any:
-    """Numbers that JSON has not become null."""
+def _failure(error: Exception, debug: bool) -> str:
+    """What a failure of the program is called, in one sentence."""
+    cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
+    if isinstance(error, WriteFailed) or (isinstance(error, TrainingFailed) and _is_ours(cause)):
+        return str(cause)
+    # where memory ran out, a library's text about its allocator helps less
+    sentence = getattr(cause, "fastdpo_sentence", None) or f"{type(cause).__name__}: {one_sentence(cause)}"
+    return sentence + ("" if debug else " (--debug shows the traceback)")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the message was written for the user, possibly over several lines (bad rows)."""
+    return type(error).__module__.startswith("fastdpo.")
+
+
+def _finite(value: Any, not_finite: Callable[[float], Any]) -> Any:
+    """The value with something else for numbers that JSON has not."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _finite(item, not_finite) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_finite(item, not_finite) for item in value]
+    return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Visible(logging.Formatter):

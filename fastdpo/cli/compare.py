@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.command import CommandParser, check_output_file, count_above, number_from, run_command, write_result
+from fastdpo.cli.command import CommandParser, check_output_file, count_from, number_from, run_command, write_result
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.model_folder import check_model_folder
 from fastdpo.escaping import markdown_text
@@ -52,64 +52,64 @@ def _build_parser() -> CommandParser:
     )
     generation = parser.add_argument_group("generation")
     generation.add_argument(
-        "--max_new_tokens", type=count_above(1), default=128, metavar="INT", help="of an answer (default: 128)"
+        "--max_new_tokens", type=count_from(1), default=128, metavar="INT", help="of an answer (default: 128)"
     )
     generation.add_argument(
         "--temperature", type=number_from(0), default=0.0, metavar="FLOAT", help="0 is greedy (default: 0)"
     )
     generation.add_argument(
-        "--seed", type=count_above(0), default=0, metavar="INT", help="of each answer's sampling (default: 0)"
+        "--seed", type=count_from(0), default=0, metavar="INT", help="of each answer's sampling (default: 0)"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="also write the result: a .json or .md file")
     return parser
 
 
-def work(given: argparse.Namespace) -> dict[str, Any]:
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
     """The answers and their means, with --out written."""
-    for name, value in (("RUN", given.run), ("--prompts", given.prompts)):
+    for name, value in (("RUN", arguments.run), ("--prompts", arguments.prompts)):
         if value is None:
             raise UsageError(f"{name} is missing: fastdpo compare RUN --prompts FILE")
-    out = Path(given.out) if given.out else None
+    out = Path(arguments.out) if arguments.out else None
     if out is not None and (out.suffix not in (".json", ".md") or out.is_dir()):
-        raise UsageError(f"--out should be a file that ends in .json or .md, got {given.out}")
+        raise UsageError(f"--out should be a file that ends in .json or .md, got {arguments.out}")
     if out is not None:
         check_output_file(out)
-    if given.base is not None:
-        check_model_folder(given.base)
+    if arguments.base is not None:
+        check_model_folder(arguments.base)
 
     import torch
     from tqdm.auto import tqdm
 
-    from fastdpo.cli.train.show import no_bars_without_terminal
+    from fastdpo.cli.terminal import no_bars_without_terminal
     from fastdpo.models.generate import prompt_ids
     from fastdpo.runs.answers import compare_answers, load_contestants, read_prompts, summarize_answers
     from fastdpo.runs.saved_run import read_run
 
-    run = read_run(given.run)
-    beta = run.beta if given.beta is None else given.beta
+    run = read_run(arguments.run)
+    beta = run.beta if arguments.beta is None else arguments.beta
     if beta is None:
-        raise UsageError(f"{given.run} has no dpo_metrics/summary.json that says beta; give --beta")
-    prompts = read_prompts(given.prompts)
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        raise UsageError(f"{arguments.run} has no dpo_metrics/summary.json that says beta; give --beta")
+    prompts = read_prompts(arguments.prompts)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, and torch sees no GPU")
     quiet = no_bars_without_terminal()
     models = load_contestants(
         run,
-        base=given.base,
-        ref_model=given.ref_model,
-        dtype=getattr(torch, given.dtype) if given.dtype else None,
+        base=arguments.base,
+        ref_model=arguments.ref_model,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         device=device,
-        trust_remote_code=given.trust_remote_code,
+        trust_remote_code=arguments.trust_remote_code,
     )
     for prompt in prompts:  # one that cannot be tokenized is named before any answer is waited for
-        prompt_ids(prompt, models.tokenizer, given.raw)
-    settings = {name: getattr(given, name) for name in ("max_new_tokens", "temperature", "seed", "raw")}
+        prompt_ids(prompt, models.tokenizer, arguments.raw)
+    settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "seed", "raw")}
     answers = compare_answers(models, prompts, beta=beta, **settings)
     rows = list(tqdm(answers, total=len(prompts), desc="Answering", disable=quiet))
     result = {
-        "policy": given.run,
+        "policy": arguments.run,
         "reference": models.reference,
         "beta": beta,
         **settings,

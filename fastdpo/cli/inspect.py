@@ -4,15 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.command import CommandParser, check_output_file, count_above, run_command, write_result
+from fastdpo.cli.command import CommandParser, check_output_file, count_from, run_command, write_result
 from fastdpo.cli.errors import UsageError
+from fastdpo.cli.model_folder import check_tokenizer_folder
 from fastdpo.cli.train.fields import FIELDS
 
 MAX_LENGTH = next(field.default for field in FIELDS if field.name == "max_length")
 ON_OVERLONG, SCORED_TURNS = (
     next(field.choices for field in FIELDS if field.name == name) for name in ("on_overlong", "scored_turns")
 )
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def main(argv: list[str]) -> int:
@@ -38,15 +38,15 @@ def _build_parser() -> CommandParser:
     data.add_argument("--split", default="train", metavar="STR", help="split of the data (default: train)")
     data.add_argument("--dataset_config", metavar="STR", help="configuration of a hub dataset")
     data.add_argument("--dataset_dir", metavar="FOLDER", help="folder of the dataset_info.json that names DATA")
-    data.add_argument("--max_samples", type=count_above(1), metavar="INT", help="look at the first rows of each alone")
+    data.add_argument("--max_samples", type=count_from(1), metavar="INT", help="look at the first rows of each alone")
     data.add_argument("--skip_bad_rows", action="store_true", help="go on without rows that cannot be used")
-    data.add_argument("--dataset_num_proc", type=count_above(1), metavar="INT", help="processes (default: 1)")
+    data.add_argument("--dataset_num_proc", type=count_from(1), metavar="INT", help="processes (default: 1)")
     data.add_argument("--trust_remote_code", action="store_true", help="run code that the model's folder brings")
 
     lengths = parser.add_argument_group("truncation")
     lengths.add_argument(
         "--max_length",
-        type=count_above(2),
+        type=count_from(2),
         nargs="+",
         default=[MAX_LENGTH],
         metavar="INT",
@@ -71,27 +71,28 @@ def _build_parser() -> CommandParser:
         help="score the completions, or the assistant's turns in the prompt too (default: last)",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--row", type=count_above(0), default=0, metavar="INT", help="pair to show (default: 0)")
+    output.add_argument("--row", type=count_from(0), default=0, metavar="INT", help="pair to show (default: 0)")
     output.add_argument(
         "--out", default="fastdpo_inspect.png", metavar="FILE", help="histogram (default: fastdpo_inspect.png)"
     )
     return parser
 
 
-def work(given: argparse.Namespace) -> dict[str, Any]:
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report, with the histogram written."""
-    for name, value, what in (("DATA", given.data, "the pairs"), ("--model", given.model, "a model's folder")):
+    for name, value, what in (("DATA", arguments.data, "the pairs"), ("--model", arguments.model, "a model's folder")):
         if value is None:
             raise UsageError(f"{name} is missing: fastdpo inspect DATA --model MODEL, where {name} is {what}")
-    _check_tokenizer_folder(given.model)
-    out = Path(given.out)
+    check_tokenizer_folder(arguments.model)
+    out = Path(arguments.out)
     if out.suffix != ".png" or out.is_dir():
-        raise UsageError(f"--out should be a file that ends in .png, got {given.out}")
+        raise UsageError(f"--out should be a file that ends in .png, got {arguments.out}")
     check_output_file(out)
 
     from transformers import AutoTokenizer
 
-    from fastdpo.cli.train.show import example_pair, no_bars_without_terminal
+    from fastdpo.cli.example_pair import example_pair
+    from fastdpo.cli.terminal import no_bars_without_terminal
     from fastdpo.data.collate import DataCollatorForPreference
     from fastdpo.data.inspection import histogram_png, inspect_pairs
     from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of
@@ -100,42 +101,31 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
 
     no_bars_without_terminal()
     try:
-        check_parts(given.model)  # the tokenizer's class reads the config too
-        tokenizer: Any = AutoTokenizer.from_pretrained(given.model, trust_remote_code=given.trust_remote_code)
+        check_parts(arguments.model)  # the tokenizer's class reads the config too
+        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
-        raise UsageError(f"{given.model} has no tokenizer that can be read: {first_line(error)}") from error
-    names = names_of(given.data, given.dataset_dir)
-    specs = [DatasetSpec(name, name=given.dataset_config, split=given.split) for name in names]
-    options = {"skip_bad_rows": given.skip_bad_rows, "max_samples": given.max_samples}
-    rows = load_mixture(specs, dataset_dir=given.dataset_dir, **options)
-    if given.row >= len(rows):
-        raise UsageError(f"--row {given.row} is not there: {given.data} has rows 0 to {len(rows) - 1}")
-    options = {"truncation_mode": given.truncation_mode, "num_proc": given.dataset_num_proc}
-    options |= {"on_overlong": given.on_overlong, "scored_turns": given.scored_turns}
+        raise UsageError(f"{arguments.model} has no tokenizer that can be read: {first_line(error)}") from error
+    names = names_of(arguments.data, arguments.dataset_dir)
+    specs = [DatasetSpec(name, name=arguments.dataset_config, split=arguments.split) for name in names]
+    options = {"skip_bad_rows": arguments.skip_bad_rows, "max_samples": arguments.max_samples}
+    rows = load_mixture(specs, dataset_dir=arguments.dataset_dir, **options)
+    if arguments.row >= len(rows):
+        raise UsageError(f"--row {arguments.row} is not there: {arguments.data} has rows 0 to {len(rows) - 1}")
+    options = {"truncation_mode": arguments.truncation_mode, "num_proc": arguments.dataset_num_proc}
+    options |= {"on_overlong": arguments.on_overlong, "scored_turns": arguments.scored_turns}
     inspection = inspect_pairs(
-        rows, tokenizer, given.max_length, name=", ".join(Path(name).name for name in names), **options
+        rows, tokenizer, arguments.max_length, name=", ".join(Path(name).name for name in names), **options
     )
-    collator = DataCollatorForPreference(0, given.max_length[0], given.truncation_mode)
-    example = inspection.pairs[given.row]
-    write_result(out, histogram_png(inspection, given.max_length))
+    collator = DataCollatorForPreference(0, arguments.max_length[0], arguments.truncation_mode)
+    example = inspection.pairs[arguments.row]
+    write_result(out, histogram_png(inspection, arguments.max_length))
     return {
         **inspection.report,
-        "example": {"row": given.row, "text": example_pair(tokenizer, collator, example)},
+        "example": {"row": arguments.row, "text": example_pair(tokenizer, collator, example)},
         "histogram": str(out),
     }
-
-
-def _check_tokenizer_folder(name: str) -> None:
-    """A hub name is looked up later; a path is judged now."""
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise UsageError(f"no such model: {name} is a file; give the folder that holds its tokenizer")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UsageError(f"no such model: the folder {name} does not exist")
-    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise UsageError(f"the folder {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
 
 
 def render(report: dict[str, Any]) -> str:

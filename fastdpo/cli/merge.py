@@ -37,30 +37,30 @@ def _build_parser() -> CommandParser:
     return parser
 
 
-def work(given: argparse.Namespace) -> dict[str, Any]:
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merge as asked."""
-    for name, value in (("ADAPTER", given.adapter), ("--out", given.out)):
+    for name, value in (("ADAPTER", arguments.adapter), ("--out", arguments.out)):
         if value is None:
             raise UsageError(f"{name} is missing: fastdpo merge ADAPTER --out FOLDER")
-    if not re.fullmatch(r"\d+([KMG]i?B)", given.max_shard_size) or not int(re.findall(r"\d+", given.max_shard_size)[0]):
-        raise UsageError(f"--max_shard_size should be a size such as 500MB or 5GB, got '{given.max_shard_size}'")
-    if given.base is not None:
-        check_model_folder(given.base)
-    check_output_file(Path(given.out))
+    if not re.fullmatch(r"0*[1-9]\d*[KMG]i?B", arguments.max_shard_size):
+        raise UsageError(f"--max_shard_size should be a size such as 500MB or 5GB, got '{arguments.max_shard_size}'")
+    if arguments.base is not None:
+        check_model_folder(arguments.base)
+    check_output_file(Path(arguments.out))
 
     import torch
 
-    from fastdpo.cli.train.show import no_bars_without_terminal
+    from fastdpo.cli.terminal import no_bars_without_terminal
     from fastdpo.runs.merge import merge_adapter
 
     no_bars_without_terminal()
     return merge_adapter(
-        given.adapter,
-        given.out,
-        base=given.base,
-        dtype=getattr(torch, given.dtype) if given.dtype else None,
-        max_shard_size=given.max_shard_size,
-        trust_remote_code=given.trust_remote_code,
+        arguments.adapter,
+        arguments.out,
+        base=arguments.base,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        max_shard_size=arguments.max_shard_size,
+        trust_remote_code=arguments.trust_remote_code,
     )
 
 

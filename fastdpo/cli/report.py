@@ -33,22 +33,22 @@ def _build_parser() -> CommandParser:
     return parser
 
 
-def work(given: argparse.Namespace) -> dict[str, Any]:
+def work(arguments: argparse.Namespace) -> dict[str, Any]:
     """The final metrics and arguments, with both files written."""
-    if not given.runs:
+    if not arguments.runs:
         raise UsageError("RUN is missing: fastdpo report RUN [RUN ...], where each RUN is the output_dir of a run")
-    page = Path(given.out)
+    page = Path(arguments.out)
     if page.suffix != ".html" or page.is_dir():
-        raise UsageError(f"--out should be a file that ends in .html, got {given.out}")
+        raise UsageError(f"--out should be a file that ends in .html, got {arguments.out}")
     check_output_file(page)
 
     from fastdpo.runs.pages import differing_arguments, final_metrics, read_runs, runs_html, runs_png
 
-    runs = read_runs(given.runs)
+    runs = read_runs(arguments.runs)
     png = runs_png(runs)
     picture = page.with_suffix(".png")
     write_result(picture, png)
-    write_result(page, runs_html(runs, png, given.title or "DPO: " + ", ".join(run.name for run in runs)))
+    write_result(page, runs_html(runs, png, arguments.title or "DPO: " + ", ".join(run.name for run in runs)))
     return {
         "runs": [run.name for run in runs],
         "metrics": final_metrics(runs),

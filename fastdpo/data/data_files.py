@@ -71,11 +71,11 @@ def with_columns(rows: Iterable[PlacedRow], columns: list[str] | Mapping[str, st
         if not isinstance(row, Mapping):
             yield place, row
             continue
-        wanted = columns.values() if isinstance(columns, Mapping) else columns
-        missing = next((name for name in wanted if name not in row), None)
+        names = columns.values() if isinstance(columns, Mapping) else columns
+        missing = next((name for name in names if name not in row), None)
         if missing is not None:
-            found = ", ".join(f"`{name}`" for name in row)
-            yield place, RowError(f"has no column `{missing}`, which columns names; found {found}")
+            there = ", ".join(f"`{name}`" for name in row)
+            yield place, RowError(f"has no column `{missing}`, which columns names; found {there}")
         elif isinstance(columns, Mapping):
             rest = {name: value for name, value in row.items() if name not in columns.values()}
             yield place, {**rest, **{name: row[source] for name, source in columns.items()}}

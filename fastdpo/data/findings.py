@@ -20,9 +20,9 @@ def repeated_pairs(pairs: Dataset) -> tuple[int, int]:
     """How many pairs have the same chosen and rejected tokens, and how many are the same as an earlier pair."""
     identical = 0
     seen: set[int] = set()
-    for found in flat_lists(pairs, ID_COLUMNS):
+    for lists in flat_lists(pairs, ID_COLUMNS):
         parts = []
-        for values, offsets in found.values():
+        for values, offsets in lists.values():
             ids = values.astype(np.int64).tobytes()
             parts.append([ids[8 * begin : 8 * end] for begin, end in pairwise(offsets.tolist())])
         for row in zip(*parts, strict=True):
@@ -34,7 +34,7 @@ def repeated_pairs(pairs: Dataset) -> tuple[int, int]:
 def special_token_findings(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One sentence for each thing that is unusual about BOS and EOS: doubled, missing."""
     total = len(pairs)
-    found = []
+    findings = []
     doubled_bos = 0
     ends = end_ids(tokenizer)
     blank = _Blank(tokenizer)
@@ -45,7 +45,7 @@ def special_token_findings(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -
         missing += counts[:, 0]
         doubled += counts[:, 1]
     if doubled_bos:
-        found.append(
+        findings.append(
             f"{doubled_bos} of {total} prompts begin with {tokenizer.bos_token} twice: the text or the template has "
             "it, and the tokenizer adds it again; take it out of one of them."
         )
@@ -57,8 +57,8 @@ def special_token_findings(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -
         (doubled, f"end with the EOS token {names} twice: take it out of the data or the template"),
     ):
         if chosen or rejected:
-            found.append(f"{chosen} of {total} chosen and {rejected} of {total} rejected completions {text}.")
-    return found
+            findings.append(f"{chosen} of {total} chosen and {rejected} of {total} rejected completions {text}.")
+    return findings
 
 
 def template_findings(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -76,8 +76,8 @@ def has_generation_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     options = {"tools": from_json(row.get("tools")), **(from_json(row.get("chat_template_kwargs")) or {})}
     prompt = for_template(row["prompt"])
     without, with_it = (
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=wanted, **options)
-        for wanted in (False, True)
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=prompted, **options)
+        for prompted in (False, True)
     )
     return without != with_it
 

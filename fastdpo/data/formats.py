@@ -11,8 +11,9 @@ from datasets import Dataset, IterableDataset
 
 from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_columns
 from fastdpo.data.errors import DataError, RowError
-from fastdpo.data.llama_factory import Layout
+from fastdpo.data.llama_factory import Columns
 from fastdpo.data.messages import parse_template_options, to_json
+from fastdpo.data.normalized import is_normalized, mark_normalized
 from fastdpo.data.preference import SIDES, Preference, preference_from_row
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 from fastdpo.wording import count
@@ -59,11 +60,11 @@ def load_preferences(
         opened = open_source(source, split=split, config=config, dataset_dir=dataset_dir)
     else:
         opened = open_data_files(source, data_dir=data_dir, data_files=data_files, split=split, config=config)
-    rows, layout = opened.rows, opened.layout
+    rows, entry_columns = opened.rows, opened.columns
     if columns is not None:
         rows = with_columns(rows, columns)
-        layout = layout if isinstance(columns, list) else None  # a mapping says where the parts are
-    dataset = _build(rows, opened.name, layout, skip_bad_rows)
+        entry_columns = entry_columns if isinstance(columns, list) else None  # a mapping says where the parts are
+    dataset = _build(rows, opened.name, entry_columns, skip_bad_rows)
     return _sample(dataset, opened.num_samples, opened.name, seed)
 
 
@@ -72,10 +73,10 @@ def _sample(dataset: Dataset, rows: int | None, where: str, seed: int) -> Datase
     if rows is None:
         return dataset
     generator = np.random.default_rng(seed)
-    found = len(dataset)
-    drawn = [generator.permutation(found)[:rows], generator.integers(found, size=max(rows - found, 0))]
-    logger.info(f"{where}: num_samples draws {rows} of {count(found, 'row')}.")
-    return dataset.select(np.concatenate(drawn))
+    there = len(dataset)
+    drawn = [generator.permutation(there)[:rows], generator.integers(there, size=max(rows - there, 0))]
+    logger.info(f"{where}: num_samples draws {rows} of {count(there, 'row')}.")
+    return mark_normalized(dataset.select(np.concatenate(drawn)), dataset)
 
 
 def normalize_dataset(
@@ -83,10 +84,13 @@ def normalize_dataset(
 ) -> Dataset | IterableDataset:
     """The same for a dataset in hand; a bad row is named `where[index]`.
 
-    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`) comes back as it is. An
-    `IterableDataset` is mapped row by row as it is read, and always has the columns `tools` and
-    `chat_template_kwargs` too; a bad row raises when it is reached, or is left out with a warning that counts it.
+    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`), or normalized already
+    (`fastdpo.data.normalized`), comes back as it is. An `IterableDataset` is mapped row by row as it is read, and
+    always has the columns `tools` and `chat_template_kwargs` too; a bad row raises when it is reached, or is left out
+    with a warning that counts it.
     """
+    if is_normalized(dataset):
+        return dataset
     first = next(iter(dataset), {})
     if isinstance(first, Mapping) and {"prompt_ids", "chosen_ids", "rejected_ids"} <= first.keys():
         return dataset
@@ -113,7 +117,7 @@ def warn_unused(columns: Iterable[str], where: str) -> None:
         )
 
 
-def _build(rows: Iterable[PlacedRow], where: str, layout: Layout | None, skip_bad_rows: bool) -> Dataset:
+def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None, skip_bad_rows: bool) -> Dataset:
     kept: list[dict[str, Any]] = []
     names: set[str] = set()
     places: list[str] = []
@@ -122,7 +126,7 @@ def _build(rows: Iterable[PlacedRow], where: str, layout: Layout | None, skip_ba
         try:
             if isinstance(value, RowError):
                 raise value
-            kept.append(_stored(value, layout))
+            kept.append(_stored(value, entry_columns))
             names |= value.keys() & set(_UNUSED)
             places.append(place)
         except RowError as error:
@@ -148,17 +152,17 @@ def _build(rows: Iterable[PlacedRow], where: str, layout: Layout | None, skip_ba
         if all(value is None for value in columns[name]):
             del columns[name]
     try:
-        return Dataset.from_dict(columns)
+        return mark_normalized(Dataset.from_dict(columns))
     except OverflowError as error:
         raise DataError(f"{where}: a number in the messages is too large to be stored: {error}.") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{where}: a key of the messages has several types in different rows: {error}.") from error
 
 
-def _stored(value: Any, layout: Layout | None = None) -> dict[str, Any]:
+def _stored(value: Any, entry_columns: Columns | None = None) -> dict[str, Any]:
     """The columns of one row, with None for an option that it lacks; raises `RowError`."""
     try:
-        preference = preference_from_row(value, layout)
+        preference = preference_from_row(value, entry_columns)
         columns = {name: getattr(preference, name) for name in ("prompt", *SIDES)}
         # free-form objects travel as JSON text: an Arrow column would give every row every row's keys
         options = (preference.tools, parse_template_options(value.get("chat_template_kwargs")))

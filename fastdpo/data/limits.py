@@ -63,13 +63,13 @@ def flat_lists(dataset: Dataset, columns: Sequence[str]) -> Iterator[dict[str, t
     Each pair is values (n,) and offsets (rows + 1,) int64.
     """
     for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
-        found = {}
+        lists = {}
         for column in columns:
             chunk = cast("pa.Table", table).column(column).combine_chunks()
             lengths = pc.call_function("list_value_length", [chunk]).to_numpy(zero_copy_only=False)
             values = chunk.flatten().to_numpy(zero_copy_only=False)
-            found[column] = values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        yield found
+            lists[column] = values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        yield lists
 
 
 def measure(dataset: Dataset) -> Lengths:
@@ -77,10 +77,10 @@ def measure(dataset: Dataset) -> Lengths:
     masked = MASK_COLUMNS[0] in dataset.column_names
     columns = [*ID_COLUMNS, *MASK_COLUMNS[1:]] if masked else [*ID_COLUMNS]
     parts: list[list[np.ndarray]] = []
-    for found in flat_lists(dataset, columns):
-        prompt, chosen, rejected = (np.diff(found[column][1]) for column in ID_COLUMNS)
+    for lists in flat_lists(dataset, columns):
+        prompt, chosen, rejected = (np.diff(lists[column][1]) for column in ID_COLUMNS)
         ends = (
-            [_ends(*found[name]) for name in MASK_COLUMNS[1:]]
+            [_ends(*lists[name]) for name in MASK_COLUMNS[1:]]
             if masked
             else [(n * 0, n - 1) for n in (chosen, rejected)]
         )
@@ -129,9 +129,9 @@ class Verdict:
 
 def judge(lengths: Lengths, limits: Limits) -> Verdict:
     """What the collator will cut off each sequence, and whether it then has a token to score."""
-    found = [lengths.prompt, *lengths.completions]
+    whole_lengths = [lengths.prompt, *lengths.completions]
     prompt, *completions = (
-        n if limit is None else np.minimum(n, limit) for n, limit in zip(found, limits.parts, strict=True)
+        n if limit is None else np.minimum(n, limit) for n, limit in zip(whole_lengths, limits.parts, strict=True)
     )
     keep_start = limits.truncation_mode == "keep_start"
     whole, cut, scored = [], [], []
@@ -153,7 +153,7 @@ def judge(lengths: Lengths, limits: Limits) -> Verdict:
         cut=(cut[0], cut[1]),
         scored=(scored[0], scored[1]),
         whole=(whole[0], whole[1]),
-        shortened=[before > after for before, after in zip(found, left, strict=True)],
+        shortened=[before > after for before, after in zip(whole_lengths, left, strict=True)],
     )
 
 

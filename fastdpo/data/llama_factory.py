@@ -47,19 +47,18 @@ _MEDIA = ("images", "videos", "audios")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a LLaMA-Factory row keeps its parts: `columns` and `tags` of a dataset_info.json entry.
+class Columns:
+    """Where a LLaMA-Factory row keeps its parts: `columns` (here `names`) and `tags` of a dataset_info.json entry.
 
     `formatting` is alpaca, sharegpt or openai. Tags that an entry leaves out keep the formatting's defaults.
     """
 
     formatting: str = "alpaca"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, part: str) -> str | None:
-        names = {**_REQUIRED_COLUMNS, **(self.columns or _DEFAULT_COLUMNS)}
-        return names.get(part)
+        return {**_REQUIRED_COLUMNS, **(self.names or _DEFAULT_COLUMNS)}.get(part)
 
     def get(self, row: Mapping[str, Any], part: str) -> Any:
         column = self.column(part)
@@ -78,8 +77,8 @@ class Layout:
         return self.tags.get(name) or defaults[name]
 
 
-def detect_layout(row: Mapping[str, Any]) -> Layout | None:
-    """The layout of a row that is LLaMA-Factory's without saying so; None for TRL's formats."""
+def detect_columns(row: Mapping[str, Any]) -> Columns | None:
+    """Where a row keeps its parts that is LLaMA-Factory's without saying so; None for TRL's formats."""
     if row.get("prompt") is not None:
         return None
     # `messages` beside answers that are single turns; TRL's rows may have it as metadata
@@ -88,13 +87,13 @@ def detect_layout(row: Mapping[str, Any]) -> Layout | None:
     if turns is not None and (column == "conversations" or isinstance(row.get("chosen"), Mapping)):
         first = turns[0] if isinstance(turns, list) and turns else None
         openai = isinstance(first, Mapping) and "role" in first
-        return Layout("openai" if openai else "sharegpt", {**_DEFAULT_COLUMNS, "messages": column})
+        return Columns("openai" if openai else "sharegpt", {**_DEFAULT_COLUMNS, "messages": column})
     if "instruction" in row and not isinstance(row.get("chosen"), list):
-        return Layout("alpaca")
+        return Columns("alpaca")
     return None
 
 
-def messages_from_row(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def messages_from_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     """One ranking row -> `prompt`, `chosen`, `rejected` as lists of messages, and `tools`.
 
     alpaca: the prompt is instruction + newline + input (if any) as a user message, after `history` (pairs of
@@ -104,37 +103,37 @@ def messages_from_row(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
     Raises `RowError` with the reason.
     """
-    if layout.formatting == "alpaca":
-        prompt = _alpaca_prompt(row, layout)
-        answers = [_alpaca_answer(layout.require(row, side), layout.column(side)) for side in ("chosen", "rejected")]
+    if columns.formatting == "alpaca":
+        prompt = _alpaca_prompt(row, columns)
+        answers = [_alpaca_answer(columns.require(row, side), columns.column(side)) for side in ("chosen", "rejected")]
     else:
-        prompt = _conversation(row, layout)
-        answers = [_turn_answer(layout.require(row, side), side, layout) for side in ("chosen", "rejected")]
-    system = layout.get(row, "system")
+        prompt = _conversation(row, columns)
+        answers = [_turn_answer(columns.require(row, side), side, columns) for side in ("chosen", "rejected")]
+    system = columns.get(row, "system")
     if system and prompt[0]["role"] != "system":
-        check_text(system, str(layout.column("system")))
+        check_text(system, str(columns.column("system")))
         prompt = [{"role": "system", "content": system}, *prompt]
     return {
         "prompt": prompt,
         "chosen": [answers[0]],
         "rejected": [answers[1]],
-        "tools": _wrap_tools(layout.get(row, "tools")),
+        "tools": _wrap_tools(columns.get(row, "tools")),
     }
 
 
-def _alpaca_prompt(row: Mapping[str, Any], layout: Layout) -> list[Message]:
+def _alpaca_prompt(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     messages: list[Message] = []
-    for turn in layout.get(row, "history") or []:
+    for turn in columns.get(row, "history") or []:
         if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise RowError(f"`{layout.column('history')}` is not a list of [user text, assistant text]")
+            raise RowError(f"`{columns.column('history')}` is not a list of [user text, assistant text]")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    parts = [layout.require(row, "prompt"), layout.get(row, "query")]
+    parts = [columns.require(row, "prompt"), columns.get(row, "query")]
     for part, text in zip(("prompt", "query"), parts, strict=True):
         if text is not None:
-            check_text(text, str(layout.column(part)))
+            check_text(text, str(columns.column(part)))
     query = "\n".join(text for text in parts if text)
     if not query:
-        raise RowError(f"`{layout.column('prompt')}` is empty")
+        raise RowError(f"`{columns.column('prompt')}` is empty")
     return [*messages, {"role": "user", "content": query}]
 
 
@@ -150,14 +149,14 @@ def _text_answer(value: str, column: str) -> Message:
     return {"role": "assistant", "content": value}
 
 
-def _conversation(row: Mapping[str, Any], layout: Layout) -> list[Message]:
-    column = layout.column("messages")
-    turns = layout.require(row, "messages")
+def _conversation(row: Mapping[str, Any], columns: Columns) -> list[Message]:
+    column = columns.column("messages")
+    turns = columns.require(row, "messages")
     if not isinstance(turns, list) or not turns:
         raise RowError(f"`{column}` is {'empty' if turns == [] else type(turns).__name__}; wanted a list of turns")
-    messages = [_message(turn, f"{column}[{index}]", layout) for index, turn in enumerate(turns)]
+    messages = [_message(turn, f"{column}[{index}]", columns) for index, turn in enumerate(turns)]
     spoken = messages[1:] if messages[0]["role"] == "system" else messages
-    if layout.formatting == "sharegpt":
+    if columns.formatting == "sharegpt":
         for index, message in enumerate(spoken):
             if (message["role"] == "assistant") != (index % 2 == 1) or message["role"] == "system":
                 place = len(messages) - len(spoken) + index
@@ -167,33 +166,33 @@ def _conversation(row: Mapping[str, Any], layout: Layout) -> list[Message]:
     return messages
 
 
-def _turn_answer(value: Any, side: str, layout: Layout) -> Message:
-    column = layout.column(side)
+def _turn_answer(value: Any, side: str, columns: Columns) -> Message:
+    column = columns.column(side)
     if isinstance(value, str):
         return _text_answer(value, str(column))
-    message = _message(value, str(column), layout)
+    message = _message(value, str(column), columns)
     if message["role"] != "assistant":
         raise RowError(f"`{column}` is a {message['role']} turn; wanted an assistant turn")
     if not message["content"].strip() and not message.get("tool_calls"):
-        raise RowError(f"`{column}.{layout.tag('content_tag')}` is empty")
+        raise RowError(f"`{column}.{columns.tag('content_tag')}` is empty")
     return message
 
 
-def _message(turn: Any, place: str, layout: Layout) -> Message:
-    role_tag, content_tag = layout.tag("role_tag"), layout.tag("content_tag")
+def _message(turn: Any, place: str, columns: Columns) -> Message:
+    role_tag, content_tag = columns.tag("role_tag"), columns.tag("content_tag")
     if not isinstance(turn, Mapping) or role_tag not in turn:
         raise RowError(f"`{place}` is not a turn with `{role_tag}` and `{content_tag}`")
     role, content = turn[role_tag], turn.get(content_tag)
     roles = {
-        layout.tag("user_tag"): "user",
-        layout.tag("assistant_tag"): "assistant",
-        layout.tag("observation_tag"): "tool",
-        layout.tag("function_tag"): "assistant",
-        layout.tag("system_tag"): "system",
+        columns.tag("user_tag"): "user",
+        columns.tag("assistant_tag"): "assistant",
+        columns.tag("observation_tag"): "tool",
+        columns.tag("function_tag"): "assistant",
+        columns.tag("system_tag"): "system",
     }
     if role not in roles:
         raise RowError(f"`{place}.{role_tag}` is {role!r}; wanted one of {', '.join(roles)}")
-    if role == layout.tag("function_tag"):
+    if role == columns.tag("function_tag"):
         return {
             "role": "assistant",
             "content": "",
@@ -227,12 +226,11 @@ def _wrap_tools(value: Any) -> list[Any] | None:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One usable entry of a dataset_info.json: a local file or folder, or a hub name, the layout of its rows, and how
-    many of them are meant."""
+class DatasetEntry:
+    """One usable entry of a dataset_info.json: a local file or folder, or a hub name, and how many rows are meant."""
 
     name: str
-    layout: Layout
+    columns: Columns
     file: Path | None
     hub_name: str | None
     subset: str | None
@@ -257,7 +255,7 @@ def read_entries(folder: Path) -> dict[str, Any]:
     return entries
 
 
-def parse_entry(name: str, entry: Any, folder: Path) -> Entry:
+def parse_entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     """Check one entry and resolve its file; `DataError` says what cannot be used."""
     place = f"{folder / 'dataset_info.json'}: entry `{name}`"
     if not isinstance(entry, Mapping):
@@ -270,8 +268,8 @@ def parse_entry(name: str, entry: Any, folder: Path) -> Entry:
     for key in ("file_name", "hf_hub_url", "subset", "split"):
         if not isinstance(entry.get(key) or "", str):
             raise DataError(f"{place}: {key} is {type(entry[key]).__name__}; wanted text.")
-    columns, tags = _names(entry, "columns", place), _names(entry, "tags", place)
-    media = [part for part in _MEDIA if columns.get(part)]
+    names, tags = _names(entry, "columns", place), _names(entry, "tags", place)
+    media = [part for part in _MEDIA if names.get(part)]
     if media:
         raise DataError(f"{place} has {', '.join(media)}; only text is supported.")
     if not entry.get("file_name") and not entry.get("hf_hub_url"):
@@ -280,8 +278,8 @@ def parse_entry(name: str, entry: Any, folder: Path) -> Entry:
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise DataError(f"{place}: num_samples is {samples!r}; wanted a whole number of at least 1.")
     file = folder / entry["file_name"] if entry.get("file_name") else None
-    layout = Layout(formatting, columns, tags)
-    return Entry(name, layout, file, entry.get("hf_hub_url"), entry.get("subset"), entry.get("split"), samples)
+    columns = Columns(formatting, names, tags)
+    return DatasetEntry(name, columns, file, entry.get("hf_hub_url"), entry.get("subset"), entry.get("split"), samples)
 
 
 def _names(entry: Mapping[str, Any], key: str, place: str) -> dict[str, str]:

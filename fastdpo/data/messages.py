@@ -13,12 +13,12 @@ Message = dict[str, Any]
 _OWN_OPTIONS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
 
 
-def check_text(value: Any, place: str, wanted: str = "text") -> None:
+def check_text(value: Any, place: str, expected: str = "text") -> None:
     """Raise `RowError` unless the value is text that can be stored."""
     if value is None:
         raise RowError(f"`{place}` is null")
     if not isinstance(value, str):
-        raise RowError(f"`{place}` is {type(value).__name__}; wanted {wanted}")
+        raise RowError(f"`{place}` is {type(value).__name__}; wanted {expected}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -14,7 +14,8 @@ from datasets import Dataset, concatenate_datasets
 from fastdpo.data.data_files import DataFiles
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences
-from fastdpo.wording import closest, count
+from fastdpo.data.normalized import mark_normalized
+from fastdpo.wording import count, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +59,25 @@ def _parse_spec(item: Any, place: str) -> DatasetSpec:
         raise DataError(f"{place} is {type(item).__name__}; wanted keys {', '.join(names)}.")
     unknown = next((key for key in item if key not in names), None)
     if unknown is not None:
-        close = closest(str(unknown), names)
-        hint = f"did you mean `{close}`?" if close else f"wanted {', '.join(names)}."
+        hint = did_you_mean(unknown, names, "`") or f"wanted {', '.join(names)}."
         raise DataError(f"{place} has the unknown key `{unknown}`; {hint}")
-    given = {key: value for key, value in item.items() if value is not None}
-    if "path" not in given:
+    options = {key: value for key, value in item.items() if value is not None}
+    if "path" not in options:
         raise DataError(f"{place} has no `path`.")
     for key in ("path", "name", "data_dir", "split"):
-        if not isinstance(given.get(key, ""), str):
-            raise DataError(f"{place}: {key} is {type(given[key]).__name__}; wanted text.")
-    files = given.get("data_files", "")
+        if not isinstance(options.get(key, ""), str):
+            raise DataError(f"{place}: {key} is {type(options[key]).__name__}; wanted text.")
+    files = options.get("data_files", "")
     named = list(files.values()) if isinstance(files, Mapping) else [files]
     if not all(_is_texts(value) or isinstance(value, str) for value in named):
         raise DataError(f"{place}: data_files is {files!r}; wanted a file, a list of files, or one for each split.")
-    columns = given.get("columns", [])
+    columns = options.get("columns", [])
     if not _is_texts(list(columns.values()) if isinstance(columns, Mapping) else columns):
         raise DataError(f"{place}: columns is {columns!r}; wanted a list of names, or our names with the file's.")
-    fraction = given.get("fraction", 1.0)
+    fraction = options.get("fraction", 1.0)
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < math.inf:
         raise DataError(f"{place}: fraction is {fraction!r}; wanted a number above 0.")
-    return DatasetSpec(**given)
+    return DatasetSpec(**options)
 
 
 def _is_texts(value: Any) -> bool:
@@ -127,18 +127,22 @@ def load_mixture(
             columns=spec.columns,
             skip_bad_rows=skip_bad_rows,
         )
-        given = len(part)
+        rows = len(part)
         if data_scale_rate < 1:
-            taken = int(given * data_scale_rate)
+            taken = int(rows * data_scale_rate)
             if not taken:
-                raise DataError(f"{spec.label}: data_scale_rate {data_scale_rate} of {count(given, 'row')} is none.")
-            part = part.select(np.random.default_rng(seed).permutation(given)[:taken])
+                raise DataError(f"{spec.label}: data_scale_rate {data_scale_rate} of {count(rows, 'row')} is none.")
+            part = _taken(part, np.random.default_rng(seed).permutation(rows)[:taken])
         if max_samples is not None and max_samples < len(part):
-            part = part.select(range(max_samples))
-        if len(part) < given:
-            logger.info(f"{spec.label}: {len(part)} of {count(given, 'row')} are used.")
+            part = _taken(part, range(max_samples))
+        if len(part) < rows:
+            logger.info(f"{spec.label}: {len(part)} of {count(rows, 'row')} are used.")
         parts.append(part)
     return mix(parts, specs)
+
+
+def _taken(dataset: Dataset, rows: Any) -> Dataset:
+    return mark_normalized(dataset.select(rows), dataset)
 
 
 def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
@@ -162,7 +166,7 @@ def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
             f"{n} of {len(part)} of {spec.label}" for n, part, spec in zip(taken, parts, specs, strict=True)
         )
         logger.info(f"mixture: {said}.")
-        parts = [part.select(range(n)) for n, part in zip(taken, parts, strict=True)]
+        parts = [_taken(part, range(n)) for n, part in zip(taken, parts, strict=True)]
     if len(parts) == 1:
         return parts[0]
     texts = [isinstance(part[0]["prompt"], str) for part in parts]
@@ -170,13 +174,13 @@ def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
         kinds = (specs[texts.index(True)].label, specs[texts.index(False)].label)
         raise DataError(f"{kinds[0]} has rows of plain text and {kinds[1]} of messages; wanted one kind.")
     if all(part.features == parts[0].features for part in parts):
-        return concatenate_datasets(list(parts))
+        return mark_normalized(concatenate_datasets(list(parts)), *parts)
     # messages with other keys are of another type: Arrow finds one that has all of them
     columns = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
     rows = [{name: row.get(name) for name in columns} for part in parts for row in cast("Any", part)]
     present = [name for name in columns if any(row[name] is not None for row in rows)]
     try:
-        return Dataset.from_dict({name: [row[name] for row in rows] for name in present})
+        return mark_normalized(Dataset.from_dict({name: [row[name] for row in rows] for name in present}), *parts)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         named = ", ".join(spec.label for spec in specs)
         raise DataError(f"{named}: a key of the messages has several types: {error}.") from error
@@ -193,4 +197,4 @@ def split_off(dataset: Dataset, size: float, seed: int = 42) -> tuple[Dataset, D
             f"test_split_size {size:g} is {count(rows, 'row')} of {len(dataset)}, which leaves none to train on."
         )
     parts = dataset.train_test_split(test_size=rows, seed=seed)
-    return parts["train"], parts["test"]
+    return mark_normalized(parts["train"], dataset), mark_normalized(parts["test"], dataset)

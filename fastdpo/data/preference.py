@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.data.errors import RowError
-from fastdpo.data.llama_factory import Layout, detect_layout, messages_from_row
+from fastdpo.data.llama_factory import Columns, detect_columns, messages_from_row
 from fastdpo.data.messages import Message, check_text, clean_messages, parse_tools
 
 SIDES = ("chosen", "rejected")
@@ -30,7 +30,7 @@ class Preference:
         return not isinstance(self.prompt, str)
 
 
-def preference_from_row(row: Any, layout: Layout | None = None) -> Preference:
+def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
     """One row in any accepted format; raises `RowError` with the reason.
 
     - TRL standard and conversational, with `prompt`, or without it (the prompt is what chosen and rejected
@@ -38,15 +38,15 @@ def preference_from_row(row: Any, layout: Layout | None = None) -> Preference:
     - A text `prompt` beside lists of messages: it becomes the user message, unless the messages hold it
       already. Messages that begin with the whole `prompt` on both sides are not asked twice.
     - LLaMA-Factory's alpaca (`instruction`), sharegpt and openai (`conversations`) ranking rows, recognised
-      by their columns or described by `layout`. They become messages, since LLaMA-Factory applies a template
+      by their columns or described by `columns`. They become messages, since LLaMA-Factory applies a template
       to them.
     - minimind's dpo.jsonl (chosen and rejected lists of messages).
     """
     if not isinstance(row, Mapping):
         raise RowError(f"is {type(row).__name__}; wanted an object with `chosen` and `rejected`")
-    layout = layout or detect_layout(row)
-    if layout is not None:
-        parts = messages_from_row(row, layout)
+    columns = columns or detect_columns(row)
+    if columns is not None:
+        parts = messages_from_row(row, columns)
     else:
         parts = _trl_parts(row)
     prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]

@@ -10,17 +10,17 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from fastdpo.data.errors import DataError
 from fastdpo.data.files import FILE_TYPES, PlacedRow, read_file
-from fastdpo.data.llama_factory import Entry, Layout, parse_entry, read_entries
-from fastdpo.wording import closest, first_line
+from fastdpo.data.llama_factory import Columns, DatasetEntry, parse_entry, read_entries
+from fastdpo.wording import did_you_mean, first_line
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows with their places; their layout, and how many of them are meant, where a dataset_info.json entry says so."""
+    """Rows with their places; their columns and how many are meant, where a dataset_info.json entry says so."""
 
     name: str
     rows: Iterable[PlacedRow]
-    layout: Layout | None = None
+    columns: Columns | None = None
     num_samples: int | None = None
 
 
@@ -33,9 +33,11 @@ def open_source(source: str, *, split: str, config: str | None, dataset_dir: str
         if source in entries:
             return _open_entry(parse_entry(source, entries[source], folder), split, config)
         if not path.exists():
-            raise DataError(f"{folder / 'dataset_info.json'} has no entry `{source}`{_closest(source, entries)}")
+            hint = did_you_mean(source, entries, "`")
+            hint = f"; {hint}" if hint else f" (it has {', '.join(entries) or 'none'})."
+            raise DataError(f"{folder / 'dataset_info.json'} has no entry `{source}`{hint}")
     if path.is_file():
-        return Source(source, read_file(path, split), _sibling_layout(path))
+        return Source(source, read_file(path, split), _sibling_columns(path))
     if path.is_dir():
         return _open_folder(path, split, config)
     if path.suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~")):
@@ -48,28 +50,28 @@ def dataset_rows(dataset: Iterable[Any], where: str) -> Iterator[PlacedRow]:
     return ((f"{where}[{index}]", row) for index, row in enumerate(dataset))
 
 
-def _sibling_layout(path: Path) -> Layout | None:
-    """The layout of the dataset_info.json entry beside a data file that names it."""
+def _sibling_columns(path: Path) -> Columns | None:
+    """The columns of a data file that an entry of the dataset_info.json beside it names."""
     if not (path.parent / "dataset_info.json").is_file():
         return None
     for name, entry in read_entries(path.parent).items():
         if isinstance(entry, dict) and entry.get("file_name") == path.name and entry.get("ranking"):
-            return parse_entry(name, entry, path.parent).layout
+            return parse_entry(name, entry, path.parent).columns
     return None
 
 
-def _open_entry(entry: Entry, split: str, config: str | None) -> Source:
+def _open_entry(entry: DatasetEntry, split: str, config: str | None) -> Source:
     if entry.file is None:
         name = str(entry.hub_name)
         dataset = from_hub(name, config or entry.subset, entry.split or split)
-        return Source(name, dataset_rows(dataset, name), entry.layout, entry.num_samples)
+        return Source(name, dataset_rows(dataset, name), entry.columns, entry.num_samples)
     if entry.file.is_dir():
         files = sorted(file for file in entry.file.iterdir() if file.suffix.lower() in FILE_TYPES)
         rows = (row for file in files for row in read_file(file, split))
-        return Source(str(entry.file), rows, entry.layout, entry.num_samples)
+        return Source(str(entry.file), rows, entry.columns, entry.num_samples)
     if not entry.file.is_file():
         raise DataError(f"dataset_info.json entry `{entry.name}` names {entry.file}, which does not exist.")
-    return Source(str(entry.file), read_file(entry.file, split), entry.layout, entry.num_samples)
+    return Source(str(entry.file), read_file(entry.file, split), entry.columns, entry.num_samples)
 
 
 def _open_folder(path: Path, split: str, config: str | None) -> Source:
@@ -108,15 +110,15 @@ def _from_disk(path: Path) -> Dataset | DatasetDict:
 def _split_files(path: Path, split: str, config: str | None) -> list[Path] | None:
     """The data files that `datasets` finds for a split of a folder; None where only `datasets` can read them."""
     try:
-        found = load_dataset_builder(str(path), config).config.data_files
+        splits = load_dataset_builder(str(path), config).config.data_files
     except (ValueError, OSError) as error:
         raise _not_loaded(str(path), error) from error
     # a name such as train[:10%] is for datasets
-    if not isinstance(found, dict) or not split.isidentifier():
+    if not isinstance(splits, dict) or not split.isidentifier():
         return None
-    if split not in found:
-        raise DataError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
-    files = [Path(file) for file in found[split]]
+    if split not in splits:
+        raise DataError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}.")
+    files = [Path(file) for file in splits[split]]
     return files if all(file.is_file() and file.suffix.lower() in FILE_TYPES for file in files) else None
 
 
@@ -140,11 +142,6 @@ def from_hub(name: str, config: str | None, split: str, **files: Any) -> Dataset
     if not isinstance(dataset, Dataset):
         raise DataError(f"{name}: split {split!r} is a {type(dataset).__name__}; wanted one split, such as train.")
     return dataset
-
-
-def _closest(name: str, entries: Iterable[str]) -> str:
-    close = closest(name, list(entries))
-    return f"; did you mean `{close}`?" if close else f" (it has {', '.join(entries) or 'none'})."
 
 
 def _not_loaded(name: str, error: BaseException) -> DataError:

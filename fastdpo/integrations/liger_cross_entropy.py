@@ -62,24 +62,24 @@ def liger_fused_linear_cross_entropy(
             f"fused linear cross-entropy: ce_weight must be ({len(weight)},), got {tuple(ce_weight.shape)}."
         )
     stats = ("is_top1",) if return_token_accuracy else ()
-    found = linear_logprob_stats(
+    scores = linear_logprob_stats(
         input, weight, target, bias=bias, softcap=softcap, ignore_index=ignore_index, stats=stats
     )
-    losses, scored = -found.logprob, target != ignore_index
+    losses, scored = -scores.logprob, target != ignore_index
     count = total = scored.sum()
     if ce_weight is not None:
         share = ce_weight[target.where(scored, 0)].to(losses.dtype).where(scored, 0.0)
         losses, total = losses * share, share.sum()
     if use_token_scaling:
-        losses = losses * found.logprob.detach().exp()
+        losses = losses * scores.logprob.detach().exp()
     if reduction == "none":
         loss = losses
     else:
         loss = losses.sum()
         loss = loss / total.where(total != 0, torch.ones_like(total)) if reduction == "mean" else loss
-    if found.is_top1 is None:
+    if scores.is_top1 is None:
         return loss
-    hits = (found.is_top1 & scored).to(losses.dtype)
+    hits = (scores.is_top1 & scored).to(losses.dtype)
     return CrossEntropyOutput(loss, token_accuracy=hits if reduction == "none" else hits.sum() / count.clamp(min=1))
 
 

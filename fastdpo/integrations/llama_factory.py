@@ -30,15 +30,16 @@ import inspect
 import logging
 import re
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, get_origin
+from dataclasses import dataclass
+from typing import Any, get_origin
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.integrations.llama_factory_forward import RowMeansForward, forward_of
+from fastdpo.integrations.patch import Patch
 from fastdpo.losses import PairLogps, ld_mask_weights, preference_loss
 from fastdpo.models.forward import unwrap_peft
 from fastdpo.ops.logprob import logprob
@@ -52,30 +53,28 @@ METHODS = ("concatenated_forward", "dpo_loss", "simpo_loss", "odds_ratio_loss")
 AVERAGED = ("ipo", "orpo", "simpo")  # whose log-probs LLaMA-Factory divides by lengths
 
 
-class LlamaFactoryPatch:
+@dataclass
+class Attribute:
+    """An attribute of a module or of a class; `theirs` is None where the class has only inherited it."""
+
+    owner: Any
+    name: str
+    ours: Any
+    theirs: Any = None
+
+    def put_on(self) -> None:
+        self.theirs = vars(self.owner).get(self.name)
+        setattr(self.owner, self.name, self.ours)
+
+    def take_off(self) -> None:
+        if self.theirs is None:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.theirs)
+
+
+class LlamaFactoryPatch(Patch):
     """What `patch_llama_factory` returns: takes the patch off, by `undo()` or at the end of a `with` block."""
-
-    _in_force: ClassVar[list["LlamaFactoryPatch"]] = []
-    _found: ClassVar[list[tuple[Any, str, Any]]] = []
-
-    def undo(self) -> None:
-        """Puts back what was found, unless another call still wants the patch; a second undo does nothing."""
-        if self not in self._in_force:
-            return
-        self._in_force.remove(self)
-        if not self._in_force:
-            for owner, name, value in self._found:
-                if value is None:  # it was inherited
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, value)
-            self._found.clear()
-
-    def __enter__(self) -> "LlamaFactoryPatch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
 
 
 def patch_llama_factory() -> LlamaFactoryPatch:
@@ -88,40 +87,37 @@ def patch_llama_factory() -> LlamaFactoryPatch:
     Raises:
         ImportError: LLaMA-Factory is not installed, or not a version that this fastdpo knows; the sentence names those.
     """
-    handle = LlamaFactoryPatch()
-    if not LlamaFactoryPatch._in_force:
-        try:
-            package = importlib.import_module("llamafactory")
-        except ImportError as error:
-            raise ImportError(
-                f"patch_llama_factory needs {WORKS_WITH}, and no LLaMA-Factory can be imported ({error})."
-            ) from error
-        version = str(getattr(package, "__version__", "an unknown version"))
-        wanted = f"patch_llama_factory works with {WORKS_WITH}, {version} is installed"
-        if not re.match(r"0\.9\.[345](?!\d)", version):
-            raise ImportError(f"{wanted}.")
-        module = importlib.import_module("llamafactory.train.dpo.trainer")
-        missing = [name for name in METHODS if not hasattr(module.CustomDPOTrainer, name)]
-        if missing:
-            raise ImportError(f"{wanted}, whose DPO trainer has no {missing[0]}.")
-        for owner, name, ours in _replacements(module):
-            LlamaFactoryPatch._found.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, ours)
-        logger.info(f"LLaMA-Factory {version}: log-probs and pref_loss of its DPO trainer compute through fastdpo.")
-    LlamaFactoryPatch._in_force.append(handle)
-    return handle
+    return LlamaFactoryPatch.put_on(_attributes)
 
 
-def _replacements(module: types.ModuleType) -> list[tuple[Any, str, Any]]:
+def _attributes() -> list[Attribute]:
+    try:
+        package = importlib.import_module("llamafactory")
+    except ImportError as error:
+        raise ImportError(
+            f"patch_llama_factory needs {WORKS_WITH}, and no LLaMA-Factory can be imported ({error})."
+        ) from error
+    version = str(getattr(package, "__version__", "an unknown version"))
+    sentence = f"patch_llama_factory works with {WORKS_WITH}, {version} is installed"
+    if not re.match(r"0\.9\.[345](?!\d)", version):
+        raise ImportError(f"{sentence}.")
+    module = importlib.import_module("llamafactory.train.dpo.trainer")
     trainer = module.CustomDPOTrainer
+    missing = [name for name in METHODS if not hasattr(trainer, name)]
+    if missing:
+        raise ImportError(f"{sentence}, whose DPO trainer has no {missing[0]}.")
+    logger.info(f"LLaMA-Factory {version}: log-probs and pref_loss of its DPO trainer compute through fastdpo.")
     return [
-        (module, "get_batch_logps", get_batch_logps),
-        (trainer, "__init__", _init(trainer)),
-        *((trainer, name, _with_forwards(getattr(trainer, name))) for name in ("train", "evaluate", "predict")),
-        (trainer, "concatenated_forward", _concatenated_forward(trainer.concatenated_forward)),
-        (trainer, "dpo_loss", dpo_loss),
-        (trainer, "simpo_loss", simpo_loss),
-        (trainer, "odds_ratio_loss", odds_ratio_loss),
+        Attribute(module, "get_batch_logps", get_batch_logps),
+        Attribute(trainer, "__init__", _init(trainer)),
+        *(
+            Attribute(trainer, name, _with_forwards(getattr(trainer, name)))
+            for name in ("train", "evaluate", "predict")
+        ),
+        Attribute(trainer, "concatenated_forward", _concatenated_forward(trainer.concatenated_forward)),
+        Attribute(trainer, "dpo_loss", dpo_loss),
+        Attribute(trainer, "simpo_loss", simpo_loss),
+        Attribute(trainer, "odds_ratio_loss", odds_ratio_loss),
     ]
 
 
@@ -134,9 +130,9 @@ def dpo_loss(
     """Losses by `pref_loss`, chosen rewards and rejected rewards, (B,) each, from log-probs (B,), sums or averages."""
     device = self.accelerator.device
     pairs = PairLogps(chosen.to(device), rejected.to(device), ref_chosen.to(device), ref_rejected.to(device))
-    found = preference_loss(pairs, loss_type or self.loss_type, self.beta, label_smoothing=self.label_smoothing)
+    output = preference_loss(pairs, loss_type or self.loss_type, self.beta, label_smoothing=self.label_smoothing)
     # LLaMA-Factory adds pref_ftx in place, to what hinge's backward would read
-    return found.losses.clone(), found.chosen_rewards, found.rejected_rewards
+    return output.losses.clone(), output.chosen_rewards, output.rejected_rewards
 
 
 def simpo_loss(self: Any, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -196,12 +192,12 @@ def _concatenated_forward(theirs: Callable[..., Any]) -> Callable[..., Any]:
         rows = scored.flatten().nonzero().squeeze(1)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with ours.installed():
-            found = model(**inputs, logprob_rows=rows, logprob_targets=targets[scored])
-        tokens = found["logprob"]
+            scores = model(**inputs, logprob_rows=rows, logprob_targets=targets[scored])
+        tokens = scores["logprob"]
         logps, lengths = _sums(tokens, scored.to(tokens.device), None if is_ref_model else self.ld_alpha)
         averages = logps / lengths.clamp(min=1)  # 0, not NaN, where no token is scored
         chosen, rejected = (averages if self.loss_type in AVERAGED else logps).chunk(2)
-        chosen_logits, rejected_logits = found["all_logits"].chunk(2)
+        chosen_logits, rejected_logits = scores["all_logits"].chunk(2)
         output = {
             "chosen_logps": chosen,
             "rejected_logps": rejected,
@@ -240,11 +236,11 @@ def _init(trainer: Any) -> Callable[..., None]:
         for role, one in (("policy", model), ("reference", ref_model)):
             causal_lm = None if one is None else unwrap_peft(one)
             if causal_lm is not None and id(causal_lm) not in self._fastdpo_forwards:
-                found = forward_of(causal_lm)
-                if isinstance(found, str):
-                    _say_why(f"the {role} ({type(causal_lm).__name__})", found)
+                forward_or_reason = forward_of(causal_lm)
+                if isinstance(forward_or_reason, str):
+                    _say_why(f"the {role} ({type(causal_lm).__name__})", forward_or_reason)
                 else:
-                    self._fastdpo_forwards[id(causal_lm)] = found
+                    self._fastdpo_forwards[id(causal_lm)] = forward_or_reason
         with _installed(self):
             theirs(self, model, ref_model, *args, **kwargs)
 

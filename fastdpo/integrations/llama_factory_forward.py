@@ -21,11 +21,11 @@ class RowMeansForward(LogprobForward):
         core = cast(nn.Module, backbone(model))
         hook = core.register_forward_hook(lambda _m, _a, output: states.append(output.last_hidden_state))
         try:
-            found = super()._logprobs(model, *args, **kwargs)
+            scores = super()._logprobs(model, *args, **kwargs)
         finally:
             hook.remove()
         with torch.no_grad():
-            return {**found, "all_logits": self._mean_logits(model.get_output_embeddings(), states[0])}
+            return {**scores, "all_logits": self._mean_logits(model.get_output_embeddings(), states[0])}
 
     def _mean_logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
         hidden = hidden.to(next(head.parameters()).device)

@@ -70,8 +70,8 @@ def hidden_to_log_probs(
             )
     if rows is None:
         rows = mask.reshape(-1).nonzero()[:, 0]
-    found = linear_logprob(hidden, weight, labels.reshape(-1)[rows], bias=bias, rows=rows)
-    return found.new_zeros(labels.numel()).index_copy(0, rows, found).view(shape)
+    logps = linear_logprob(hidden, weight, labels.reshape(-1)[rows], bias=bias, rows=rows)
+    return logps.new_zeros(labels.numel()).index_copy(0, rows, logps).view(shape)
 
 
 def dpo_loss(

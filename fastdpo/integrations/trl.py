@@ -29,19 +29,18 @@ import importlib
 import inspect
 import logging
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
+from fastdpo.integrations.patch import Patch
 from fastdpo.integrations.trl_head import OUTPUTS, ChunkedLogProb, EntropyOnDemand, UnsupportedHead, with_lora
 from fastdpo.ops.logprob import logprob
 
 logger = logging.getLogger(__name__)
-_EXCHANGE = threading.RLock()
 
 WORKS_WITH = "TRL 0.15 to 1.13, 1.15 and 1.16"
 # whose check of the head lets a plain LoRA pass
@@ -56,36 +55,22 @@ class Binding:
     ours: Any
     modules: tuple[str, ...] = ()
 
-    def exchange(self, found: Any, wanted: Any) -> None:
+    def put_on(self) -> None:
+        self._exchange(self.theirs, self.ours)
+
+    def take_off(self) -> None:
+        self._exchange(self.ours, self.theirs)
+
+    def _exchange(self, old: Any, new: Any) -> None:
         for name in self.modules or [name for name in sys.modules if name.split(".")[0] == "trl"]:
             module = sys.modules.get(name)
             for key, value in list(vars(module).items()) if module else []:
-                if value is found:
-                    setattr(module, key, wanted)
+                if value is old:
+                    setattr(module, key, new)
 
 
-class TrlPatch:
+class TrlPatch(Patch):
     """What `patch_trl` returns: takes the patch off, by `undo()` or at the end of a `with` block."""
-
-    _in_force: ClassVar[list["TrlPatch"]] = []
-    _bindings: ClassVar[list[Binding]] = []
-
-    def undo(self) -> None:
-        """Puts back what was found, unless another `patch_trl()` still wants the patch; a second call does nothing."""
-        with _EXCHANGE:
-            if self not in self._in_force:
-                return
-            self._in_force.remove(self)
-            if not self._in_force:
-                for binding in self._bindings:
-                    binding.exchange(binding.ours, binding.theirs)
-                self._bindings.clear()
-
-    def __enter__(self) -> "TrlPatch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
 
 
 def patch_trl() -> TrlPatch:
@@ -100,24 +85,17 @@ def patch_trl() -> TrlPatch:
     Raises:
         ImportError: TRL is not installed, or not a version that this fastdpo knows; the sentence names those.
     """
-    with _EXCHANGE:
-        if not TrlPatch._in_force:
-            _put_in_force()
-        handle = TrlPatch()
-        TrlPatch._in_force.append(handle)
-        return handle
+    return TrlPatch.put_on(_bindings)
 
 
-def _put_in_force() -> None:
+def _bindings() -> list[Binding]:
     try:
         trl = importlib.import_module("trl")
     except ImportError as error:
         raise ImportError(f"patch_trl works with {WORKS_WITH}, and TRL cannot be imported: {error}") from error
     what, bindings = _recognise(trl.__version__, importlib.import_module("trl.trainer.utils"))
-    for binding in bindings:
-        binding.exchange(binding.theirs, binding.ours)
-    TrlPatch._bindings[:] = bindings
     logger.info(f"TRL {trl.__version__}: {what} computes through fastdpo.")
+    return bindings
 
 
 def _recognise(version: str, utils: ModuleType) -> tuple[str, list[Binding]]:

@@ -56,11 +56,11 @@ class ChunkedLogProb:
         lora = _lora_pair(hidden)
         # the entropy's gradient costs 2NHV in the forward, and the kept tiles: not before somebody asked for one
         at_once = EntropyOnDemand.asked_for
-        found = scoring.run(hidden, weight, bias, *lora, targets, at_once)
-        entropy = found.entropy
-        if entropy is not None and found.logprob.requires_grad and not at_once:
+        scores = scoring.run(hidden, weight, bias, *lora, targets, at_once)
+        entropy = scores.entropy
+        if entropy is not None and scores.logprob.requires_grad and not at_once:
             entropy = EntropyOnDemand.apply(scoring, entropy, hidden, weight, bias, *lora, targets)
-        return found.logprob, entropy, found.log_sum_sq_probs, found.mean_logit, found.is_top1
+        return scores.logprob, entropy, scores.log_sum_sq_probs, scores.mean_logit, scores.is_top1
 
 
 class Scoring(NamedTuple):
@@ -129,9 +129,9 @@ class EntropyOnDemand(torch.autograd.Function):
                 x if x is None else x.detach().requires_grad_(need) for x, need in zip(operands, needs, strict=True)
             ]
             entropy = ctx.scoring.run(*leaves, targets, True).entropy
-            wanted = [x for x in leaves if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(entropy, wanted, upstream[0]))
-        return (None, None, *(next(found) if need else None for need in needs), None)
+            inputs = [x for x in leaves if x is not None and x.requires_grad]
+            gradients = iter(torch.autograd.grad(entropy, inputs, upstream[0]))
+        return (None, None, *(next(gradients) if need else None for need in needs), None)
 
 
 # TRL's fused head passes on the weight below an adapter, so the adapter's layer comes by another way

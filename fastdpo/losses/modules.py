@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.losses import LossOptions, PairLogps, PreferenceOutput, ld_mask_weights, wpo_pair_weights
+from fastdpo.losses import LossOptions, PairLogps, PreferenceOutput
+from fastdpo.losses.from_tokens import row_pair_logps
 from fastdpo.losses.preference import pair_losses
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_stats
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors
-from fastdpo.ops.sequence import segment_sum
+from fastdpo.ops.tensor_kinds import check_tensors
 
 
 class DPOLoss(nn.Module):
@@ -75,19 +75,17 @@ class DPOLoss(nn.Module):
             raise ValueError(
                 f"DPOLoss: policy_logps must be (2B,), chosen rows then rejected rows, got {tuple(policy_logps.shape)}."
             )
-        chosen, rejected = policy_logps.chunk(2)
-        ref_chosen, ref_rejected = ref_logps.chunk(2)
-        chosen_len, rejected_len = (None, None) if lengths is None else lengths.chunk(2)
-        out = pair_losses(PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_len, rejected_len), self.options)
+        counts = (None, None) if lengths is None else lengths.chunk(2)
+        out = pair_losses(PairLogps(*policy_logps.chunk(2), *ref_logps.chunk(2), *counts), self.options)
         return out.losses.mean(), out
 
     def extra_repr(self) -> str:
-        given = {field.name: getattr(self.options, field.name) for field in fields(LossOptions)}
-        shown = ("loss_type", "beta")
+        values = {field.name: getattr(self.options, field.name) for field in fields(LossOptions)}
+        always = ("loss_type", "beta")
         return ", ".join(
-            f"{field.name}={given[field.name]!r}"
+            f"{field.name}={values[field.name]!r}"
             for field in fields(LossOptions)
-            if field.name in shown or given[field.name] != field.default
+            if field.name in always or values[field.name] != field.default
         )
 
 
@@ -164,40 +162,23 @@ class FusedLinearDPOLoss(DPOLoss):
         if self.shift:
             labels = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
         scored = labels != self.ignore_index
-        lengths = scored.sum(-1)
-        offsets = torch.arange(0, scored.numel() + 1, max(scored.shape[1], 1), device=labels.device)
-        ld_alpha = self.options.ld_alpha
-
-        def sums(tokens: Tensor, weighted: bool = True) -> Tensor:
-            if not scored.shape[1]:
-                return tokens.sum(-1)
-            if ld_alpha is not None and weighted:
-                tokens = tokens * ld_mask_weights(scored, ld_alpha, tokens.dtype)
-            return segment_sum(tokens.flatten(), offsets)
-
         head = {"ignore_index": self.ignore_index, **self.head}
         stats = ("log_sum_sq_probs",) if self.options.use_weighting else ()
-        policy = linear_logprob_stats(hidden, weight, labels, bias=bias, lora=lora, stats=stats, **head)
-        if not self.options.needs_reference:
-            ref_logps = torch.zeros(len(labels), device=labels.device, dtype=policy.logprob.dtype)
-        elif ref_logps is not None:
-            ref_logps = ref_logps.detach() * (lengths if self.options.aggregate == "mean" else 1)
-        else:
-            assert ref_hidden is not None
+        tokens = linear_logprob_stats(hidden, weight, labels, bias=bias, lora=lora, stats=stats, **head)
+        policy = {"logprob": tokens.logprob}
+        if tokens.log_sum_sq_probs is not None:
+            policy["log_sum_sq_probs"] = tokens.log_sum_sq_probs
+        reference = None
+        if ref_hidden is not None and self.options.needs_reference:
             if ref_weight is None:
                 ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
             with torch.no_grad():
-                ref_logps = sums(linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, **head))
-        sequence = sums(policy.logprob)
-        logps = PairLogps(*sequence.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
-        if ld_alpha is not None:
-            logps = logps._replace(chosen_nll_sum=sums(policy.logprob, weighted=False).chunk(2)[0])
-        if self.options.use_weighting:
-            assert policy.log_sum_sq_probs is not None
-            with torch.no_grad():
-                alignment = sums(policy.logprob - policy.log_sum_sq_probs, weighted=False)
-            pair_weight = wpo_pair_weights(alignment, lengths)
-            logps = logps._replace(pair_weight=pair_weight)
+                reference = linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, **head)
+        logps = row_pair_logps(policy, reference, scored, self.options)
+        if ref_logps is not None and self.options.needs_reference:
+            ref_sums = ref_logps.detach() * (scored.sum(-1) if self.options.aggregate == "mean" else 1)
+            ref_chosen, ref_rejected = ref_sums.chunk(2)
+            logps = logps._replace(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
         out = pair_losses(logps, self.options)
         return out.losses.mean(), out
 

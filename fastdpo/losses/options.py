@@ -171,7 +171,7 @@ class LossOptions:
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether the numbers of scored tokens must be given."""
+        """Whether a loss cannot do without the numbers of scored tokens."""
         return self.rpo_alpha is not None or any(LOSSES[name].lengths for name in self.names)
 
 

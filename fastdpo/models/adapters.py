@@ -244,3 +244,19 @@ def reload_adapter(model: PeftModel, name: str, folder: str | os.PathLike[str]) 
         warnings.filterwarnings("ignore", message=".*Found missing adapter keys")  # the caller compares
         model.load_adapter(str(folder), name, is_trainable=name == trained_adapter(model))
     model.train(training)
+
+
+def find_peft(model: nn.Module) -> PeftModel:
+    """The PEFT model, or the one inside a wrapper."""
+    return next(module for module in model.modules() if isinstance(module, PeftModel))
+
+
+@contextmanager
+def evaluating(policy: nn.Module) -> Iterator[None]:
+    """No dropout, no NEFTune noise, no activation checkpointing."""
+    training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)

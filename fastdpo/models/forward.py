@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fastdpo.data.collate import REFERENCE_COLUMNS
 from fastdpo.models.backbone import backbone, decoder_config
 from fastdpo.models.causality import sees_ahead
 from fastdpo.models.head import HeadParts, head_parts
@@ -247,3 +248,12 @@ def _with_aux_loss(model: "PreTrainedModel", original: Any, *args: Any, **kwargs
     finally:
         handle.remove()
     return seen[0], loss
+
+
+# what a batch has beside the model's inputs
+_NOT_INPUTS = ("rows", "targets", "offsets", "lengths", *REFERENCE_COLUMNS)
+
+
+def model_call(inputs: dict[str, Any]) -> dict[str, Any]:
+    call = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS}
+    return call | {"logprob_rows": inputs["rows"], "logprob_targets": inputs["targets"]}

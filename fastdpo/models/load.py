@@ -1,6 +1,8 @@
 """Loading policies and tokenizers, and refusing what cannot be trained, in one sentence each."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +22,7 @@ from transformers import (
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.tokenize_dataset import ID_COLUMNS
-from fastdpo.models.adapters import check_adapter_name
+from fastdpo.models.adapters import check_adapter_name, choose_adapters
 from fastdpo.models.forward import unwrap_peft
 from fastdpo.models.load_errors import check_causal_lm, check_loaded, check_text_causal_lm, why_no_weights
 from fastdpo.models.size import check_adapter_rank, check_model_size, check_parts, checked_config
@@ -86,6 +88,26 @@ def load_policy(
             f"target_modules is {wanted if isinstance(wanted, str) else ', '.join(sorted(wanted))}, and "
             f"{type(model).__name__} has no such module; its linear layers are {', '.join(linear)}."
         ) from error
+
+
+def policy_to_train(
+    model: str | PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None = None,
+    quantization_config: Any = None,
+) -> PreTrainedModel | PeftModel:
+    """`load_policy`, with the adapter that is trained chosen, without dropout, and fit for the tokenizer."""
+    policy = load_policy(model, args, peft_config, quantization_config)
+    choose_adapters(policy, args)
+    check_vocabulary(tokenizer, policy)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    checkpointing = cast("dict[str, Any]", args.gradient_checkpointing_kwargs or {})
+    if isinstance(policy, PeftModel) and checkpointing.get("use_reentrant"):
+        # re-entrant checkpointing drops the gradient where no input of a block asks for one
+        policy.enable_input_require_grads()
+    return policy
 
 
 def _keep_gradients(model: nn.Module) -> None:
@@ -277,3 +299,17 @@ def check_arguments(model: Any, ref_model: Any, args: DPOConfig) -> None:
         args.liger_kernel_config = {**options, "fused_linear_cross_entropy": False}
     # dispatching would cut a batch's tensors at row counts, and ours have several
     cast(Any, args.accelerator_config).dispatch_batches = False
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Where FSDP or DeepSpeed leave a model on the CPU until training, it is on `device` for a while."""
+    found = next(model.parameters()).device
+    moves = found.type == "cpu" and device.type != "cpu" and not hasattr(model, "hf_device_map")
+    if moves:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(found)

@@ -40,14 +40,14 @@ def candidate_builds(target: str) -> dict[str, Build]:
     """The fused kernels as they mostly run, with every tile that a tuner would try."""
     from fastdpo.kernels import configs
 
-    found = {}
+    kernels = {}
     for config in configs.candidates(target):
         with configs.override(config):
             for name, build in _fused_builds(target).items():
                 rare = any(word in name for word in ("fp16", "all", "odd"))
                 if name.endswith((" stats", " write", " plain")) and not rare:
-                    found[f"{name} {config}"] = build
-    return found
+                    kernels[f"{name} {config}"] = build
+    return kernels
 
 
 def _fold_builds() -> dict[str, Build]:
@@ -57,35 +57,35 @@ def _fold_builds() -> dict[str, Build]:
     rows = dict.fromkeys(("m_ptr", "others_ptr", "target_ptr", "entropy_ptr", "offset_ptr"), "*fp32")
     scalars = dict.fromkeys(("scale", "inv_softcap", "cap"), "fp32")
     sizes = {"n_cols": "i32", "stride_z": "i32", "stride_e": "i32"}
-    found = {}
+    kernels = {}
     for e_type in ("bf16", "fp32"):
         pointers = {"e_ptr": f"*{e_type}", "local_ptr": "*i64", "bias_ptr": "*fp32"}
         for name, on in (("stats", ()), ("write", ("WRITE",)), ("everything", ("BIAS", "CAP", *_STATS, "WRITE"))):
             signature = {"z_ptr": "*fp32", **pointers, **fp32, **sizes, **scalars}
             constants = {"BLOCK": 4096, **_flags(("BIAS", "CAP", *_STATS, "WRITE"), on)}
-            found[f"fold {e_type} {name}"] = Build(fold._fold_kernel, signature, constants, 8)
+            kernels[f"fold {e_type} {name}"] = Build(fold._fold_kernel, signature, constants, 8)
         for name, on in (("plain", ()), ("kept", ("KEPT",)), ("everything", ("BIAS", "CAP", "ENTROPY"))):
             signature = {"z_ptr": f"*{e_type}" if name == "kept" else "*fp32", **pointers, **rows, **sizes, **scalars}
             constants = {"BLOCK": 1024, **_flags(("BIAS", "CAP", "ENTROPY", "KEPT"), on)}
-            found[f"dlogits {e_type} {name}"] = Build(
+            kernels[f"dlogits {e_type} {name}"] = Build(
                 fold._dlogits_kernel, {**signature, "slope": "fp32"}, constants, 4
             )
-    return found
+    return kernels
 
 
 def _logprob_builds() -> dict[str, Build]:
     from fastdpo.kernels import logprob
 
-    found = {}
+    kernels = {}
     for x_type in ("bf16", "fp32"):
         signature = {"x_ptr": f"*{x_type}", "label_ptr": "*i64", "m_ptr": "*fp32", "s_ptr": "*fp32", "zy_ptr": "*fp32"}
         signature |= {"V": "i32", "stride_x": "i32", "inv_t": "fp32"}
-        found[f"logprob_fwd {x_type}"] = Build(logprob._logprob_fwd_kernel, signature, {"BLOCK": 4096}, 8)
+        kernels[f"logprob_fwd {x_type}"] = Build(logprob._logprob_fwd_kernel, signature, {"BLOCK": 4096}, 8)
         signature = {"x_ptr": f"*{x_type}", "dx_ptr": f"*{x_type}", "label_ptr": "*i64"}
         signature |= dict.fromkeys(("base_ptr", "others_ptr", "target_ptr"), "*fp32")
         signature |= {"V": "i32", "stride_x": "i32", "stride_dx": "i32", "inv_t": "fp32"}
-        found[f"logprob_bwd {x_type}"] = Build(logprob._logprob_bwd_kernel, signature, {"BLOCK": 4096}, 8)
-    return found
+        kernels[f"logprob_bwd {x_type}"] = Build(logprob._logprob_bwd_kernel, signature, {"BLOCK": 4096}, 8)
+    return kernels
 
 
 def _row_builds() -> dict[str, Build]:
@@ -123,7 +123,7 @@ def _fused_builds(target: str) -> dict[str, Build]:
 
     dlogits = configs.dlogits_config(target)
     options = ("LORA", "BIAS", "CAP")
-    found = {}
+    kernels = {}
     for x_type, forms in (
         (
             "bf16",
@@ -142,7 +142,7 @@ def _fused_builds(target: str) -> dict[str, Build]:
             partials = dict.fromkeys(("offset_ptr", "m_ptr", "s_ptr", "t_ptr", "sq_ptr", "zsum_ptr", "zy_ptr"), "*fp32")
             flags = _flags((*options, *_STATS, "WRITE"), on)
             fold = _odd(configs.fold_config(target, softcap=flags["CAP"]), name)
-            found[f"fused_fold {x_type} {name}"] = _fused_build(
+            kernels[f"fused_fold {x_type} {name}"] = _fused_build(
                 fused_fold._fused_fold_kernel,
                 fold,
                 x_type,
@@ -154,7 +154,7 @@ def _fused_builds(target: str) -> dict[str, Build]:
             )
     for name, on in (("plain", ()), ("odd", ()), ("everything", options)):
         rows = dict.fromkeys(("m_ptr", "others_ptr", "target_ptr"), "*fp32")
-        found[f"fused_dlogits bf16 {name}"] = _fused_build(
+        kernels[f"fused_dlogits bf16 {name}"] = _fused_build(
             fused_dlogits._fused_dlogits_kernel,
             _odd(dlogits, name),
             "bf16",
@@ -164,7 +164,7 @@ def _fused_builds(target: str) -> dict[str, Build]:
             _flags(options, on),
             even=name != "odd",
         )
-    return found
+    return kernels
 
 
 def _odd(config: Any, name: str) -> Any:
@@ -222,7 +222,7 @@ def resources(target: str, candidates: bool = False) -> list[dict[str, Any]]:
     )
     if done.returncode:
         raise RuntimeError(f"a kernel does not compile for {target}: {done.stderr[-2000:]}")
-    found, log = [], ""
+    rows, log = [], ""
     for line in done.stdout.splitlines():
         if not line.startswith("{"):
             log += line + "\n"
@@ -232,9 +232,9 @@ def resources(target: str, candidates: bool = False) -> list[dict[str, Any]]:
             row["registers"] = int(_read(r"Used (\d+) registers", log))
             row["spills"] = int(_read(r"(\d+) bytes spill stores", log))
             row["serialized"] = "serializ" in log
-        found.append(row)
+        rows.append(row)
         log = ""
-    return found
+    return rows
 
 
 def _read(pattern: str, text: str) -> str:
@@ -262,7 +262,7 @@ def _compile(build: Build, target: str) -> dict[str, Any]:
     built = triton.compile(source, target=machine, options={"num_warps": build.warps, "num_stages": build.stages})
     text = built.asm["ptx"] if "ptx" in built.asm else built.asm["amdgcn"]
     matrix = re.search(r"\b(wgmma|tcgen05|v_mfma|mma\.sync)", text)
-    found = {
+    used = {
         "shared": built.metadata.shared,
         "matrix": matrix[1] if matrix else "",
         "async": "TMA" if "cp.async.bulk.tensor" in text else "cp.async" if "cp.async" in text else "",
@@ -270,9 +270,9 @@ def _compile(build: Build, target: str) -> dict[str, Any]:
         "atomics": bool(re.search(r"\batom", text)),
     }
     if "amdgcn" in built.asm:
-        found["registers"] = int(_read(r"\.vgpr_count:\s+(\d+)", text))
-        found["spills"] = int(_read(r"\.vgpr_spill_count:\s+(\d+)", text))
-    return found
+        used["registers"] = int(_read(r"\.vgpr_count:\s+(\d+)", text))
+        used["spills"] = int(_read(r"\.vgpr_spill_count:\s+(\d+)", text))
+    return used
 
 
 def main() -> None:

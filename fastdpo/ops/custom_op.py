@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdpo.ops.linear_logprob.tensor_kinds import is_abstract, transformed
 from fastdpo.ops.switches import choose_backend
+from fastdpo.ops.tensor_kinds import is_abstract, transformed
 
 Implementation = Callable[..., Sequence[Tensor]]
 Setup = Callable[[Any, Sequence[Any], Sequence[Tensor]], None]
@@ -21,9 +21,9 @@ Setup = Callable[[Any, Sequence[Any], Sequence[Tensor]], None]
 Backward = Callable[[Any, Sequence[Tensor | None], Any], tuple[Any, ...]]
 
 
-def gradient_op(name: str, schema: str, implementation: Implementation, fake: Implementation) -> Implementation:
+def gradient_op(name: str, implementation: Implementation, fake: Implementation) -> Implementation:
     """The custom operator that computes gradients; differentiating it refuses with a sentence."""
-    op = torch.library.custom_op(f"fastdpo::{name}_backward", implementation, mutates_args=(), schema=schema)
+    op = torch.library.custom_op(f"fastdpo::{name}_backward", implementation, mutates_args=())
     op.register_fake(fake)
 
     def refuse(*_: Any) -> None:
@@ -38,7 +38,6 @@ def gradient_op(name: str, schema: str, implementation: Implementation, fake: Im
 
 def differentiable_op(
     name: str,
-    schema: str,
     forward: Implementation,
     fake: Implementation,
     setup_context: Setup,
@@ -48,14 +47,15 @@ def differentiable_op(
     """A function of `forward`'s arguments that is differentiable once, in eager mode and under `torch.compile`.
 
     Args:
-        name, schema: of the custom operator `fastdpo::name`; it returns Tensor[].
-        forward, fake: what it computes, and tensors of the same shapes and dtypes.
+        name: of the custom operator `fastdpo::name`.
+        forward, fake: what it computes, annotated so that torch infers the operator's schema (it returns list[Tensor]),
+            and tensors of the same shapes and dtypes.
         setup_context, backward: as `torch.library.custom_op(...).register_autograd` takes them, but for backward's
             last argument.
         gradients: what computes the gradients, as it is and as a `gradient_op`: the one is cheap, the other can be
             traced, and answers whoever differentiates a gradient. None where `backward` is plain torch.
     """
-    op = torch.library.custom_op(f"fastdpo::{name}", forward, mutates_args=(), schema=schema)
+    op = torch.library.custom_op(f"fastdpo::{name}", forward, mutates_args=())
     op.register_fake(fake)
     plain, opaque = gradients or (None, None)
     op.register_autograd(lambda ctx, upstream: backward(ctx, upstream, opaque), setup_context=setup_context)

@@ -16,11 +16,9 @@ from fastdpo.ops.custom_op import (
     inside,
     reads_are_free,
 )
-from fastdpo.ops.linear_logprob.arguments import DTYPES
-from fastdpo.ops.linear_logprob.forward import blocks
-from fastdpo.ops.linear_logprob.plan import workspace_bytes
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors, number
-from fastdpo.ops.linear_logprob.tiles import NEG, softplus
+from fastdpo.ops.numerics import NEG, blocks, softplus
+from fastdpo.ops.switches import workspace_bytes
+from fastdpo.ops.tensor_kinds import DTYPES, check_tensors, number
 
 
 def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = -100) -> Tensor:
@@ -67,8 +65,8 @@ def logprob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_
         return reference.logprob(logits, labels, temperature=temperature, ignore_index=ignore_index)
     flat = logits.reshape(-1, v)
     picked = labels.where(scored, -1).reshape(-1)
-    found, *_ = _run(flat, picked, 1.0 / temperature, backend == "triton")
-    return found.view(labels.shape)
+    logps, *_ = _run(flat, picked, 1.0 / temperature, backend == "triton")
+    return logps.view(labels.shape)
 
 
 def _forward(logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> list[Tensor]:
@@ -157,14 +155,11 @@ def _row_blocks(logits: Tensor, acc: torch.dtype) -> list[slice]:
 
 _gradients_op = gradient_op(
     "logprob",
-    "(Tensor up, Tensor logits, Tensor labels, Tensor base, Tensor q, Tensor rest, float inv_t, bool triton)"
-    " -> Tensor[]",
     _gradients,
     _fake_gradients,
 )
 _run = differentiable_op(
     "logprob",
-    "(Tensor logits, Tensor labels, float inv_t, bool triton) -> Tensor[]",
     _forward,
     _fake_forward,
     _setup_context,

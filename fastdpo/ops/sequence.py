@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastdpo.ops.custom_op import differentiable_op, inside, reads_are_free
 from fastdpo.ops.linear_logprob.api import linear_logprob
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors, in_forward_mode, transformed
 from fastdpo.ops.switches import choose_backend, widest_float
+from fastdpo.ops.tensor_kinds import check_tensors, in_forward_mode, transformed
 
 
 def sequence_logprob(
@@ -134,6 +134,4 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None], _: Any) -> tuple[Any,
     return torch.repeat_interleave(up, offsets.diff(), output_size=ctx.length), None
 
 
-_run = differentiable_op(
-    "segment_sum", "(Tensor values, Tensor offsets) -> Tensor[]", _forward, _fake_forward, _setup_context, _backward
-)
+_run = differentiable_op("segment_sum", _forward, _fake_forward, _setup_context, _backward)

@@ -1,6 +1,10 @@
-"""Who does the work of a tile: Triton, plain torch, or the eager definition. FASTDPO_BACKEND forces one.
+"""Every FASTDPO_ variable that the ops read, each at the moment of a call.
 
-Within Triton FASTDPO_GEMM says who multiplies: cuBLAS around the fold kernel, or the fused kernels.
+FASTDPO_BACKEND       who does the work of a tile: auto, triton, tiled (plain torch) or reference (the definition)
+FASTDPO_GEMM          who multiplies within Triton: auto, cublas (around the fold kernel) or triton (fused kernels)
+FASTDPO_WORKSPACE_MB  MiB that a tile and its operands' copies may take; 64
+FASTDPO_KEEP_MB       MiB of exponentials that a trained head may keep for backward; 1024, 0 never keeps
+FASTDPO_CHECK         1: labels and rows are checked on a GPU too, which waits for it
 """
 
 import logging
@@ -16,6 +20,32 @@ logger = logging.getLogger("fastdpo")
 Backend = Literal["triton", "tiled", "reference"]
 CHOICES = ("auto", "triton", "tiled", "reference")
 GEMM_CHOICES = ("auto", "cublas", "triton")
+MIB = 1 << 20
+
+
+def backend_choice() -> str:
+    """FASTDPO_BACKEND; raises ValueError for what is none of `CHOICES`."""
+    return _one_of("FASTDPO_BACKEND", CHOICES)
+
+
+def gemm_choice() -> str:
+    """FASTDPO_GEMM; raises ValueError for what is none of `GEMM_CHOICES`."""
+    return _one_of("FASTDPO_GEMM", GEMM_CHOICES)
+
+
+def workspace_bytes() -> int:
+    """The budget of a tile's workspace, in bytes; raises ValueError for what is no whole number above 0."""
+    return _megabytes("FASTDPO_WORKSPACE_MB", default=64, least=1)
+
+
+def keep_bytes() -> int:
+    """The budget of kept exponentials, in bytes; raises ValueError for what is no whole number."""
+    return _megabytes("FASTDPO_KEEP_MB", default=1024, least=0)
+
+
+def checks_wait() -> bool:
+    """Values are checked even where reading them waits for a device."""
+    return os.environ.get("FASTDPO_CHECK") == "1"
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -27,13 +57,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
         ValueError: FASTDPO_BACKEND is none of auto, triton, tiled, reference.
         RuntimeError: FASTDPO_BACKEND=triton where it cannot run.
     """
-    wanted = os.environ.get("FASTDPO_BACKEND", "auto") or "auto"
-    if wanted not in CHOICES:
-        raise ValueError(f"FASTDPO_BACKEND must be one of {', '.join(CHOICES)}, got {wanted!r}.")
-    if wanted == "tiled" or wanted == "reference":
-        return wanted
+    choice = backend_choice()
+    if choice == "tiled" or choice == "reference":
+        return choice
     obstacle = _triton_obstacle(device, dtype)
-    if wanted == "triton":
+    if choice == "triton":
         if obstacle:
             raise RuntimeError(f"FASTDPO_BACKEND=triton cannot run here: {obstacle}")
         return "triton"
@@ -60,10 +88,8 @@ def fuses(
     Raises:
         ValueError: FASTDPO_GEMM is none of these.
     """
-    wanted = os.environ.get("FASTDPO_GEMM", "auto") or "auto"
-    if wanted not in GEMM_CHOICES:
-        raise ValueError(f"FASTDPO_GEMM must be one of {', '.join(GEMM_CHOICES)}, got {wanted!r}.")
-    if wanted == "cublas":
+    choice = gemm_choice()
+    if choice == "cublas":
         return False
     obstacle = None
     if backend != "triton":
@@ -74,7 +100,7 @@ def fuses(
         obstacle = "the entropy's gradient needs a second tile"
     elif lora_dtype not in (None, dtype):
         obstacle = f"the LoRA on the head is {str(lora_dtype).removeprefix('torch.')}"
-    if wanted == "triton":
+    if choice == "triton":
         if obstacle:
             _warn_once(f"FASTDPO_GEMM=triton is not taken: {obstacle}.")
         return obstacle is None
@@ -90,6 +116,24 @@ def block_cols(device: torch.device, softcap: bool) -> int:
     from fastdpo.kernels import configs  # imports triton
 
     return configs.fold_config(configs.arch_of(device), softcap).block_cols
+
+
+def _one_of(name: str, choices: tuple[str, ...]) -> str:
+    choice = os.environ.get(name) or "auto"
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}.")
+    return choice
+
+
+def _megabytes(name: str, default: int, least: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        size = int(text) if text else default
+    except ValueError:
+        size = -1
+    if size < least:
+        raise ValueError(f"{name} must be a whole number of MiB, got {text!r}; unset it for {default}.")
+    return size * MIB
 
 
 @cache

@@ -2,10 +2,13 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config.dpo_config import DPOConfig
@@ -14,11 +17,56 @@ from fastdpo.data.findings import repeated_pairs, special_token_findings, templa
 from fastdpo.data.formats import normalize_dataset
 from fastdpo.data.limits import measure
 from fastdpo.data.tokenize_dataset import ID_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.models.load import check_token_ids
 from fastdpo.wording import count
 
 logger = logging.getLogger(__name__)
 
 PairDataset = Dataset | IterableDataset
+
+
+class PairDatasets:
+    """The datasets of a trainer, tokenized one after another.
+
+    Attributes:
+        train, evaluation: as Trainer takes them; `evaluation` may be a dict.
+        reports: what tokenization did to each, by name ("train", "eval", or the key in the dict).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, train: Any, evaluation: Any) -> None:
+        """Raises TypeError, ValueError, DataError as `prepare_dataset`."""
+        self.tokenizer, self.args = tokenizer, args
+        self.reports: dict[str, TokenizeReport] = {}
+        several = isinstance(evaluation, dict)
+        self._before = {"train_dataset": train, **(evaluation if several else {"eval_dataset": evaluation})}
+        self.train = None if train is None else self.prepare(train, "train")
+        self.evaluation: Any = None
+        if several:
+            self.evaluation = {name: self.prepare(dataset, name) for name, dataset in evaluation.items()}
+        elif evaluation is not None:
+            self.evaluation = self.prepare(evaluation, "eval")
+
+    def prepare(self, dataset: PairDataset, name: str) -> PairDataset:
+        """One more dataset, tokenized."""
+        with dataset_bars(shown=not self.args.disable_tqdm):
+            dataset, self.reports[name] = prepare_dataset(dataset, self.tokenizer, self.args, name)
+        return dataset
+
+    def check_token_ids(self, embedded: int) -> None:
+        """Refuse rows, tokenized elsewhere, that a model of `embedded` tokens cannot read. Raises ValueError."""
+        for name, dataset in self._before.items():
+            check_token_ids(dataset, embedded, name)
+
+    def all(self) -> list[PairDataset]:
+        """Of training, then of evaluation."""
+        return list(by_name(self.train, self.evaluation).values())
+
+
+def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
+    """Datasets as Trainer takes them -> "train", and "eval" or "eval-KEY" for each of several; those that are there."""
+    several = isinstance(evaluation, dict)
+    evals = {f"eval-{key}": data for key, data in evaluation.items()} if several else {"eval": evaluation}
+    return {name: data for name, data in {"train": train, **evals}.items() if data is not None}
 
 
 def prepare_dataset(
@@ -96,3 +144,16 @@ def _warn_of_findings(row: dict[str, Any], pairs: PairDataset, tokenizer: PreTra
         found.append(f"{duplicated} of {count(len(pairs), 'row')} are the same as an earlier one; they are kept.")
     for sentence in found:
         logger.warning(f"{name}: {sentence}")
+
+
+@contextmanager
+def dataset_bars(shown: bool) -> Iterator[None]:
+    """Inside it `datasets`, which knows nothing of `disable_tqdm`, shows bars only if `shown`; afterwards as before."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

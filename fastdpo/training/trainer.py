@@ -7,43 +7,46 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
+from fastdpo.config.checks import outlive_full_disk
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.config.old_arguments import settled_arguments
 from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
 from fastdpo.data.tokenize_dataset import TokenizeReport
 from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS
 from fastdpo.files import check_output_dir
-from fastdpo.losses.from_tokens import pair_logps
+from fastdpo.losses.from_tokens import SequenceLogps, pair_logps
 from fastdpo.losses.preference import pair_losses
-from fastdpo.models.adapters import choose_adapters
-from fastdpo.models.forward import STATISTICS, LogprobForward
+from fastdpo.models.forward import STATISTICS, LogprobForward, model_call
 from fastdpo.models.load import (
     check_arguments,
-    check_token_ids,
     check_vocabulary,
-    disable_dropout,
-    load_policy,
     load_tokenizer,
+    policy_to_train,
     router_loss_weight,
 )
-from fastdpo.training.bars import dataset_bars
+from fastdpo.training.batches.layout import choose_layout
+from fastdpo.training.batches.plan import TokenBatches, plan_batches, planned_loader
+from fastdpo.training.checkpoints.run_facts import RunFacts
 from fastdpo.training.checkpoints.run_lock import output_dir_locked
-from fastdpo.training.layout_trainer import LayoutTrainer
-from fastdpo.training.pair_datasets import PairDataset, prepare_dataset
-from fastdpo.training.reference.base import FrozenModel
+from fastdpo.training.checkpoints.trainer import CrashSafeTrainer
+from fastdpo.training.pair_datasets import PairDataset, PairDatasets, by_name
+from fastdpo.training.reference.base import FrozenModel, NoReference, Reference
 from fastdpo.training.reference.choose import make_reference
-from fastdpo.training.reference.precomputed import free_memory, stored_logps
-from fastdpo.training.reference_trainer import model_call
+from fastdpo.training.reference.precomputed import free_memory, precompute, stored_logps
+from fastdpo.training.reference.saved import ReferenceFile
 from fastdpo.training.report import metrics
-from fastdpo.training.report.out_of_memory import explains_loading
+from fastdpo.training.report.advice import Advisor
+from fastdpo.training.report.eval_answers import answers_of
+from fastdpo.training.report.metric_files import RUN_RECORD, MetricsReport
+from fastdpo.training.report.model_card import card_of, write_card
+from fastdpo.training.report.out_of_memory import MemoryWatch, explains_loading
+from fastdpo.training.report.run_details import run_details
+from fastdpo.training.report.speed import Speed
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,12 @@ ARGUMENTS = (
 )
 
 
-class DPOTrainer(LayoutTrainer):
+class DPOTrainer(CrashSafeTrainer):
     """Trains a causal language model on preference pairs; the constructor's order is TRL 1.16's.
+
+    A training log has means over the window since the last one, over all processes. The last window is logged too, also
+    where `logging_steps` does not divide the steps; with `logging_strategy="no"` its means are in the record at the end
+    of training.
 
     Args:
         model: the policy: a path of a model or of a LoRA adapter, a loaded causal LM, or one with a PEFT adapter.
@@ -83,8 +90,13 @@ class DPOTrainer(LayoutTrainer):
         old_arguments: what TRL's trainer took up to 0.15 (beta, max_length, ...), one log line for all.
 
     Attributes:
-        reference_description: one line that says what the reference is.
+        reference_description, layout_description: one line each that says what the reference is, and how batches are
+            laid out and why; reference_origin: the reference for a program (`Reference.origin`).
         tokenize_reports: counts of kept, dropped and truncated rows for each dataset.
+        advisor: what was said about numbers out of their healthy range.
+        report: writes the files in `dpo_metrics`; its `details` are what summary.json says beside the metrics.
+        card_details: what the model card cannot know by itself: "data" (a list of names), "command", and "base" where
+            the model has no name.
 
     Raises:
         ValueError, TypeError, DataError: one sentence each, before the weights are loaded where possible.
@@ -115,93 +127,184 @@ class DPOTrainer(LayoutTrainer):
     ) -> None:
         args = settled_arguments(args, old_arguments, ARGUMENTS)
         if tokenizer is not None:
-            logger.warning("tokenizer is processing_class today; taken as that.")
+            logger.warning("tokenizer= is now processing_class=; using it.")
         check_arguments(model, ref_model, args)
         if args.should_save:
             check_output_dir(str(args.output_dir), "output_dir")
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
-        self.tokenize_reports: dict[str, TokenizeReport] = {}
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        given: dict[str, Any] = {"train_dataset": train_dataset, **evals}
-        if train_dataset is not None:
-            train_dataset = self._prepare_dataset(train_dataset, args, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {k: self._prepare_dataset(v, args, k) for k, v in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, args, "eval")
-        own_collator = data_collator is not None
-        if data_collator is None:
-            data_collator = DataCollatorForPreference(
-                pad_token_id=cast(int, self.tokenizer.pad_token_id),
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                pad_to_multiple_of=cast("int | None", args.pad_to_multiple_of),
-            )
-
-        policy = load_policy(model, args, peft_config, quantization_config)
-        choose_adapters(policy, args)
-        check_vocabulary(self.tokenizer, policy)
+        self.datasets = PairDatasets(self.tokenizer, args, train_dataset, eval_dataset)
+        policy = policy_to_train(model, args, self.tokenizer, peft_config, quantization_config)
         self._router_loss_weight = router_loss_weight(policy, args)
-        for name, dataset in given.items():
-            check_token_ids(dataset, policy.config.get_text_config().vocab_size, name)
-        if args.disable_dropout:
-            disable_dropout(policy)
-        self._use_cache = policy.config.use_cache
-        checkpointing = cast("dict[str, Any]", args.gradient_checkpointing_kwargs or {})
-        if isinstance(policy, PeftModel) and checkpointing.get("use_reentrant"):
-            # re-entrant checkpointing drops the gradient where no input of a block asks for one
-            policy.enable_input_require_grads()
+        self.datasets.check_token_ids(policy.config.get_text_config().vocab_size)
+        use_cache = policy.config.use_cache
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator,
-            train_dataset=cast(Any, train_dataset),
-            eval_dataset=cast(Any, eval_dataset),
+            data_collator=_collator(self.tokenizer, args) if data_collator is None else data_collator,
+            train_dataset=cast(Any, self.datasets.train),
+            eval_dataset=self.datasets.evaluation,
             processing_class=self.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            on_nan=args.on_nan,
         )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; start "
                 "with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        # every call of ours says use_cache=False, so the config need not change
-        policy.config.use_cache = self._use_cache
         self.model_accepts_loss_kwargs = False
-        self._logprob_forward = LogprobForward(policy)
-        reference = make_reference(
+        # every call of ours says use_cache=False, so the config need not change
+        self._use_cache = policy.config.use_cache = use_cache
+        self._loss_options = args.loss_options()
+        self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
+        self.forward = LogprobForward(policy)
+        self.reference = make_reference(
             policy,
             ref_model,
             args,
-            lambda: self.accelerator.autocast(),
+            self._autocast,
             created_adapter=peft_config is not None,
             sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
         )
-        if isinstance(reference, FrozenModel):
-            check_vocabulary(self.tokenizer, cast(PreTrainedModel, reference.model), "reference")
-        self._set_layout(reference, own_collator)
-        self._set_reference(reference)
-        if args.precompute_ref_log_probs:
-            free_memory()
-        self._loss_options = args.loss_options()
-        self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
-        self._start_metrics()
-        self._answer_evaluations()
+        models: list[tuple[nn.Module, LogprobForward]] = [(policy, self.forward)]
+        if isinstance(self.reference, FrozenModel):
+            check_vocabulary(self.tokenizer, cast(PreTrainedModel, self.reference.model), "reference")
+            models.append((self.reference.model, self.reference.forward))
+        self.layout = choose_layout(
+            args,
+            self.data_collator,
+            data_collator is not None,
+            self.datasets.all(),
+            models,
+            self._model_inputs,
+            self._autocast,
+            router_loss=bool(self._router_loss_weight),
+            sharded=self.is_fsdp_enabled,
+        )
+        self.data_collator = self.layout.collator
+        self.memory = MemoryWatch(
+            args, lambda: getattr(self.data_collator, "layout", "padded"), lambda: isinstance(policy, PeftModel)
+        )
+        for callback in self.reference.callbacks(policy):
+            self.add_callback(callback)
+        if args.precompute_ref_log_probs and not isinstance(self.reference, NoReference):
+            self._precompute_reference(policy)
+        if args.should_log:
+            logger.warning(f"reference: {self.reference_description}.")
+        self.metrics = metrics.MetricWindow(self.accelerator)
+        self.batches = TokenBatches(
+            args, self.accelerator, lambda: plan_batches(args, self.train_dataset, self.data_collator)
+        )
+        self.facts = RunFacts(args, policy, self.train_dataset, self.eval_dataset, self.reference_origin)
+        self.parts = [self.batches, self.facts, self.metrics]
+        self.file_parts = [ReferenceFile(self.reference)]
+        self.speed = Speed(self.accelerator)
+        self.advisor = Advisor(args)
+        self.card_details: dict[str, Any] = {}
+        self.report = MetricsReport(run_details(self))
+        for callback in (self.memory, self.speed, self.advisor, self.report):
+            self.add_callback(callback)
+        for callback in answers_of(self, self.report.files, self._sharded):
+            self.add_callback(callback)
 
-    def _prepare_dataset(self, dataset: PairDataset, args: DPOConfig, name: str) -> PairDataset:
-        with dataset_bars(shown=not args.disable_tqdm):
-            dataset, self.tokenize_reports[name] = prepare_dataset(dataset, self.tokenizer, args, name)
-        return dataset
+    @property
+    def reference_description(self) -> str:
+        return self.reference.description
 
-    # what Trainer would ask the model's signature for
+    @property
+    def reference_origin(self) -> dict[str, Any]:
+        return dict(self.reference.origin)
+
+    @property
+    def layout_description(self) -> str:
+        return self.layout.description
+
+    @property
+    def tokenize_reports(self) -> dict[str, TokenizeReport]:
+        return self.datasets.reports
+
+    def _autocast(self) -> Any:
+        return self.accelerator.autocast()
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return model_call(cast(dict, self._prepare_inputs(batch)))
+
+    def _precompute_reference(self, policy: Model) -> None:
+        """The reference's log-probs become columns of the datasets, and its model goes."""
+        reference, datasets = self.reference, by_name(self.train_dataset, self.eval_dataset)
+        self.reference, datasets = precompute(
+            reference,
+            policy,
+            datasets,
+            self.args,
+            self.accelerator,
+            lambda rows: self._sums_of_rows(reference, rows),
+            self.data_collator,
+            self.tokenizer,
+        )
+        for callback in self.reference.callbacks(policy):
+            self.add_callback(callback)
+        self.train_dataset = datasets.pop("train", None)
+        several = isinstance(self.eval_dataset, dict)
+        evals = {name.removeprefix("eval-"): dataset for name, dataset in datasets.items()}
+        self.eval_dataset = cast(Any, evals if several else evals.get("eval"))
+        free_memory()
+
+    def _sums_of_rows(self, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
+        """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
+        inputs = cast(dict, self._prepare_inputs(self.data_collator(rows)))
+        self.memory.at("precomputing", inputs)
+        with self.memory.explained(), self.forward.installed(), self._autocast():
+            tokens = cast(Tensor, reference(cast(Model, self.model), model_call(inputs)))
+        offsets = inputs["offsets"].to(tokens.device)
+        return SequenceLogps.of(tokens, offsets), offsets.diff()
+
+    # training, in the order in which Trainer calls
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; where checkpoints are saved, output_dir gets the final model or adapter and the tokenizer.
+
+        Afterwards the policy's `forward` and `config.use_cache` are as they were found.
+
+        Raises:
+            FolderInUse: another run trains in output_dir.
+        """
+        with output_dir_locked(self.args, self):
+            for callback in self.callback_handler.callbacks:
+                outlive_full_disk(callback)
+            self.facts.begin()
+            self.report.began = False
+            try:
+                with self.memory.explained(), self.forward.installed():
+                    output = super().train(*args, **kwargs)
+            except BaseException:
+                if self.report.began:  # else the files are of an earlier run
+                    self.report.write(self.args, self.state)
+                raise
+            cast(Model, self.forward.model).config.use_cache = self._use_cache
+            if self.args.save_strategy != SaveStrategy.NO:
+                self.save_model()
+        return output
 
     def _set_signature_columns_if_needed(self) -> None:
-        # the sampler reads the lengths, the collator the ids
+        # what Trainer would ask the model's signature for: the sampler reads the lengths, the collator the ids
         self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column_name]
 
-    # the loss
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`; with `max_tokens_per_batch` the planned batches of this process."""
+        plan = self.batches.plan()
+        if plan is None:
+            return super().get_train_dataloader()
+        dataset = self._remove_unused_columns(cast(Any, self.train_dataset), description="training")
+        return planned_loader(plan, dataset, self.data_collator, self.args, lambda: self.state.epoch or 0)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.speed.run()
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self.batches.begin_update(samples)
+        return samples, items
 
     def compute_loss(
         self,
@@ -212,12 +315,12 @@ class DPOTrainer(LayoutTrainer):
     ) -> Any:
         """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
         training = cast(Model, self.model).training
-        self._memory.at("training" if training else "evaluation", inputs)
+        self.memory.at("training" if training else "evaluation", inputs)
         call = model_call(inputs)
         router = {"output_router_logits": True} if self._router_loss_weight else {}
-        with self._logprob_forward.installed():
+        with self.forward.installed():
             # the reference goes first: the policy's activations are not in memory yet
-            reference = stored_logps(inputs) or self._reference(cast(Model, self.model), call)
+            reference = stored_logps(inputs) or self.reference(cast(Model, self.model), call)
             policy = model(**call, **router, logprob_stats=self._statistics)
         offsets = inputs["offsets"].to(policy["logprob"].device)
         logps = pair_logps(policy, reference, offsets, self._loss_options)
@@ -229,12 +332,57 @@ class DPOTrainer(LayoutTrainer):
         lengths = inputs["lengths"] if "lengths" in inputs else inputs["attention_mask"].sum(1)
         table = metrics.batch_table(output, logps, policy, offsets, lengths, aux_loss, weight)
         if training:
-            self._sums["train"].add(table)
-            loss = loss * self._window_weight(len(table))
+            self.metrics.training.add(table)
+            loss = loss * self.batches.weight(len(table))
         else:
             # drops the pairs that accelerate repeats to fill the last batch
-            self._sums["eval"].add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
+            self.metrics.evaluation.add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
         return (loss, table) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed.
+
+        The run's own record gets them where steps came after the last log, as TRL has it.
+        """
+        if "loss" in logs:
+            # the loss is Trainer's: what was optimized, accumulation steps weighing the same
+            logs.update({**self._window(), "loss": logs["loss"]})
+        elif RUN_RECORD in logs:
+            logs.update({name: value for name, value in self._window().items() if name != "loss"})
+        super().log(logs, start_time)
+
+    def _window(self) -> dict[str, float]:
+        means, tokens = self.metrics.close()
+        return {**means, **self.speed.read(tokens), "num_tokens": self.metrics.num_tokens} if means else {}
+
+    # evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`; a dataset given here may hold text or messages."""
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            eval_dataset = self.datasets.prepare(eval_dataset, metric_key_prefix)
+            self.layout.check(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """The metrics of `test_dataset`, which may hold text or messages, and its predictions (see the class)."""
+        test_dataset = self.datasets.prepare(test_dataset, metric_key_prefix)
+        self.layout.check(test_dataset, "test_dataset")
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self.metrics.evaluation.clear()
+        with self.memory.explained(), self.forward.installed():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.memory.at_rest()
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics.evaluated().items()}
+        cast(dict, output.metrics).update(means)
+        return output
 
     def prediction_step(
         self,
@@ -251,40 +399,55 @@ class DPOTrainer(LayoutTrainer):
             return loss, None, None
         return loss, cast(Any, metrics.predictions(table)), torch.zeros_like(table[:, 0], dtype=torch.long)
 
-    # metrics
+    # the model and its card
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As `Trainer.evaluate`; a dataset given here may hold text or messages."""
-        if isinstance(eval_dataset, Dataset | IterableDataset):
-            eval_dataset = self._prepare_dataset(eval_dataset, self.args, metric_key_prefix)
-            self._check_window(eval_dataset, "eval_dataset")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """The metrics of `test_dataset`, which may hold text or messages, and its predictions (see the class)."""
-        test_dataset = self._prepare_dataset(test_dataset, self.args, metric_key_prefix)
-        self._check_window(test_dataset, "test_dataset")
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-
-    # training and resuming
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; where checkpoints are saved, output_dir gets the final model or adapter and the tokenizer.
-
-        Afterwards the policy's `forward` and `config.use_cache` are as they were found.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; with the model's card where the folder is `args.output_dir`.
 
         Raises:
-            FolderInUse: another run trains in output_dir.
+            CheckpointNotWritten: for an error of the disk; the card alone can be missing, with a log line.
         """
-        with output_dir_locked(self.args, self):
-            with self._logprob_forward.installed():
-                output = super().train(*args, **kwargs)
-            cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
-            if self.args.save_strategy != SaveStrategy.NO:
-                self.save_model()
-        return output
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and output_dir in (None, self.args.output_dir):
+            try:
+                self.create_model_card()
+            except OSError as error:
+                logger.warning(f"the model is saved, and its README.md cannot be written: {error.strerror or error}.")
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md in `args.output_dir`, on world process zero; a README.md of somebody's own stays.
+
+        The arguments are those of `Trainer.create_model_card`; `tasks` names the pipeline, `dataset_args` is not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        card = card_of(
+            self,
+            name=model_name,
+            base=finetuned_from,
+            data=dataset or dataset_tags,
+            tags=tags,
+            pipeline=tasks,
+            extra={"language": language, "license": license},
+        )
+        write_card(str(self.args.output_dir), card.text())
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> DataCollatorForPreference:
+    return DataCollatorForPreference(
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        pad_to_multiple_of=cast("int | None", args.pad_to_multiple_of),
+    )

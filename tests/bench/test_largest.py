@@ -23,7 +23,7 @@ def test_n_fits_and_the_next_size_does_not(bench, mode):
     base, timing = bench.session.comparison_of(case, "cpu", None), bench.measure.timing
     fits, missing = bench.largest.measure_growth(case, base, entries, timing.Timer("cpu"), timing.Budget(None))
     assert missing == []
-    assert {fit.entry for fit in fits} == {"fastdpo", "eager", "trl"}
+    assert {fit.entry for fit in fits} == set(entries) >= {"fastdpo", "eager", "trl"}
     for fit in fits:
         assert fit.next_n is not None, fit
         assert 0 < fit.next_n - fit.n <= max(16, fit.n / 16 + 16)

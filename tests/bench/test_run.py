@@ -16,7 +16,9 @@ def test_run_writes_every_condition(bench, tmp_path, monkeypatch, capsys):
     )
     assert record["complete"]
     assert record["missing"] == record["refused"] == []
-    assert len(record["rows"]) == 18
+    entries = bench.measure.entries.make_entries(bench.linear_logprob.peers.FACTORIES, "cpu")
+    assert {row["entry"] for row in record["rows"]} == set(entries) >= {"fastdpo", "eager", "trl"}
+    assert len(record["rows"]) == 6 * len(entries)
     for row in record["rows"]:
         assert row["best_ms"] <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["rounds"] == 2

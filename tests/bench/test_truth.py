@@ -51,7 +51,7 @@ def test_the_truth_of_pairs_is_autograds_in_fp64(bench):
 def test_every_entry_passes_the_oracle_and_a_wrong_one_does_not(bench, mode):
     comparison = bench.logprobs(64, 32, 900, torch.bfloat16)
     entries = bench.measure.entries.make_entries(bench.linear_logprob.peers.FACTORIES, "cpu")
-    assert list(entries) == ["fastdpo", "eager", "trl"]
+    assert entries.keys() >= {"fastdpo", "eager", "trl"}
     by_eager = comparison.eager_errors
     for name, entry in entries.items():
         error = comparison.truth.errors(comparison.step(entry, mode))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fastdpo.cli.compare import _pad, _width, _wrap, main
+from fastdpo.cli.compare import _pad, _width, _wrap
 from fastdpo.runs.answers import load_contestants
 from fastdpo.runs.saved_run import SavedRun, read_run, reference_path
 
@@ -61,13 +62,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict
 
 
 @pytest.fixture
-def compare(capsys: pytest.CaptureFixture[str]) -> Compare:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def compare(fastdpo: Compare) -> Compare:
+    return partial(fastdpo, "compare")
 
 
 @pytest.fixture

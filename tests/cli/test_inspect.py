@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from fastdpo.cli.inspect import main
 from fastdpo.data.formats import load_preferences
 from fastdpo.data.tokenize_dataset import tokenize_dataset
 
@@ -43,25 +43,9 @@ def tokenizer_dir(shared_data: Path) -> Path:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., str]:
-    def to_file(rows: list[Any], name: str = "pairs.jsonl") -> str:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return to_file
-
-
-@pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inspect:
+def inspect(fastdpo: Inspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inspect:
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return partial(fastdpo, "inspect")
 
 
 def test_the_help_of_every_small_command_is_grouped_and_imports_no_torch():
@@ -80,7 +64,7 @@ def test_the_help_of_every_small_command_is_grouped_and_imports_no_torch():
 
 
 def test_counts_and_lengths(inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path):
-    data = write(TEXT)
+    data = write("pairs.jsonl", *TEXT)
     code, text, err = inspect(data, "-m", tokenizer_dir, "--json", "--row", 1)
     assert code == 0, err
     report = json.loads(text)
@@ -104,7 +88,7 @@ def test_counts_and_lengths(inspect: Inspect, write: Callable[..., str], tokeniz
 def test_the_table_is_what_training_reports(
     inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path, mode: str
 ):
-    data = write(TEXT)
+    data = write("pairs.jsonl", *TEXT)
     lengths = (10, 30, 1000)
     code, text, err = inspect(data, "-m", tokenizer_dir, "--max_length", *lengths, "--truncation-mode", mode, "--json")
     assert code == 0, err
@@ -121,14 +105,14 @@ def test_the_table_is_what_training_reports(
 def test_a_max_length_that_leaves_nothing_is_an_answer(
     inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path
 ):
-    code, text, err = inspect(write(TEXT), "-m", tokenizer_dir, "--max_length", 2, "--json")
+    code, text, err = inspect(write("pairs.jsonl", *TEXT), "-m", tokenizer_dir, "--max_length", 2, "--json")
     assert code == 0, err
     (cut,) = json.loads(text)["truncation"]
     assert (cut["rows"], cut["dropped_long_prompt"]) == (0, 4)
 
 
 def test_what_is_too_long_and_what_is_scored(inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path):
-    data = write(TEXT)
+    data = write("pairs.jsonl", *TEXT)
     for how in ("truncate", "drop", "error"):
         code, text, err = inspect(data, "-m", tokenizer_dir, "--max_length", 14, 1000, "--on_overlong", how, "--json")
         assert code == 0, err
@@ -140,7 +124,7 @@ def test_what_is_too_long_and_what_is_scored(inspect: Inspect, write: Callable[.
     assert "on_overlong error: training would stop at the pairs that are longer" in text
     turns = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     answers = [[*turns, {"role": "assistant", "content": content}] for content in ("yes", "no")]
-    data = write([{"chosen": answers[0], "rejected": answers[1]}], "minimind.jsonl")
+    data = write("minimind.jsonl", {"chosen": answers[0], "rejected": answers[1]})
     code, text, err = inspect(data, "-m", tokenizer_dir, "--scored_turns", "all")
     assert code == 0, err
     header = "<|im_start|>user\\nc<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n"
@@ -149,7 +133,7 @@ def test_what_is_too_long_and_what_is_scored(inspect: Inspect, write: Callable[.
 
 
 def test_several_datasets(inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path):
-    one, two = write(TEXT), write(TEXT[:1], "more.jsonl")
+    one, two = write("pairs.jsonl", *TEXT), write("more.jsonl", *TEXT[:1])
     code, text, err = inspect(f"{one},{two}", "-m", tokenizer_dir, "--max_samples", 3, "--json")
     assert code == 0, err
     report = json.loads(text)
@@ -161,7 +145,7 @@ def test_special_tokens_that_are_wrong_are_named(
 ):
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_dir)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    data = write(chat(("Hi!", "Go away."), ("Good day.", "What?")))
+    data = write("pairs.jsonl", *chat(("Hi!", "Go away."), ("Good day.", "What?")))
 
     def findings(name: str, source: str) -> str:
         tokenizer.save_pretrained(tmp_path / name)
@@ -184,7 +168,7 @@ def test_special_tokens_that_are_wrong_are_named(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
     rows = [{**TEXT[0], "prompt": bos + "Hello?"}, TEXT[2]]
-    said = findings("adds_bos", write(rows))
+    said = findings("adds_bos", write("pairs.jsonl", *rows))
     assert f"1 of 2 prompts begin with {bos} twice" in said
 
 
@@ -202,10 +186,10 @@ def test_text_report_and_picture(inspect: Inspect, shared_data: Path, tokenizer_
 
 
 def test_wrong_input_is_one_sentence(inspect: Inspect, write: Callable[..., str], tokenizer_dir: Path, tmp_path: Path):
-    data = write(TEXT[:2])
+    data = write("pairs.jsonl", *TEXT[:2])
     empty = tmp_path / "empty"
     empty.mkdir()
-    bad = write([{"prompt": "a", "chosen": "b"}], "bad.jsonl")
+    bad = write("bad.jsonl", {"prompt": "a", "chosen": "b"})
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{")

@@ -200,7 +200,7 @@ def test_the_reference_is_loaded_with_its_own_arguments(tmp_path: Path) -> None:
         if own == {}:
             args.model_init_kwargs = None
         trainer = DPOTrainer(policy, path, args, train_dataset=pairs((2, 2, 3)), processing_class=tokenizer())
-        assert trainer._reference.model.dtype == wanted  # pyright: ignore[reportAttributeAccessIssue] a FrozenModel
+        assert trainer.reference.model.dtype == wanted  # pyright: ignore[reportAttributeAccessIssue] a FrozenModel
 
 
 # data

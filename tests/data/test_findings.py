@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.config.dpo_config import DPOConfig
@@ -19,13 +18,8 @@ Pair = tuple[list[int], list[int], list[int]]
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+def tokenizer(byte_tokenizer: Any) -> PreTrainedTokenizerFast:
+    made = byte_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>")
     assert made.convert_tokens_to_ids(["<s>", "</s>"]) == [BOS, EOS]
     assert made.decode([SPACE, NEWLINE]).strip() == ""
     return made

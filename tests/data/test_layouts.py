@@ -17,7 +17,8 @@ from fastdpo.data.tokenize_dataset import tokenize_dataset
 from fastdpo.models import attention
 from fastdpo.models.document_attention import DOCUMENTS
 from fastdpo.models.forward import LogprobForward
-from fastdpo.training.batches.layout import Data, Logprobs, config_limit, difference, settle_layout
+from fastdpo.training.batches.layout import config_limit, settle_layout
+from fastdpo.training.batches.probe import LayoutProbe, ProbeRows, difference
 
 SIZES = {
     "vocab_size": 97,
@@ -83,8 +84,8 @@ COLLATOR = DataCollatorForPreference(pad_token_id=0)
 pytestmark = pytest.mark.usefixtures("float64_stays")
 
 
-def logprobs(model: Any) -> Logprobs:
-    return Logprobs(model, LogprobForward(model), called, torch.no_grad)
+def logprobs(model: Any) -> LayoutProbe:
+    return LayoutProbe(model, LogprobForward(model), called, torch.no_grad)
 
 
 def called(batch: dict[str, Any]) -> dict[str, Any]:
@@ -170,14 +171,14 @@ def test_flex_attention_sees_what_the_mask_says() -> None:
     model = make("llama", torch.float32)
     batch = replace(COLLATOR, layout="shared", max_row_tokens=1000)(rows())
     forward = LogprobForward(model)
-    wanted = Logprobs(model, forward, called, torch.no_grad)(batch)
+    wanted = LayoutProbe(model, forward, called, torch.no_grad)(batch)
     forward.attention = attention.FLEX
     launches: list[bool] = []
     usual = attention.flex_attention
     try:
         attention.flex_attention = lambda *a, **k: (launches.append(True), usual(*a, **k))[1]
-        found = Logprobs(model, forward, called, torch.no_grad)(batch)
-        padded = Logprobs(model, forward, called, torch.no_grad)(COLLATOR(rows()))
+        found = LayoutProbe(model, forward, called, torch.no_grad)(batch)
+        padded = LayoutProbe(model, forward, called, torch.no_grad)(COLLATOR(rows()))
     finally:
         attention.flex_attention = usual
     assert len(launches) == 2  # once a layer, and not for padded rows
@@ -233,7 +234,7 @@ def test_auto_is_shared_for_plain_models(name: str) -> None:
 
 
 def settle(wanted: str, model: Any, longest: int = 20, **more: Any) -> tuple[DataCollatorForPreference, str]:
-    return settle_layout(wanted, COLLATOR, [logprobs(model)], Data(rows()[:2], longest), **more)
+    return settle_layout(wanted, COLLATOR, [logprobs(model)], ProbeRows(rows()[:2], longest), **more)
 
 
 def test_a_window_shorter_than_the_longest_row_pads() -> None:

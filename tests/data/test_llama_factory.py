@@ -8,7 +8,7 @@ import pytest
 
 from fastdpo.data.errors import RowError
 from fastdpo.data.formats import DataError, Preference, load_preferences, preference_from_row
-from fastdpo.data.llama_factory import Layout
+from fastdpo.data.llama_factory import Columns
 
 ALPACA = {"instruction": "Add", "input": "1 and 2", "chosen": "3", "rejected": "4"}
 SHAREGPT: dict[str, Any] = {
@@ -126,18 +126,18 @@ def test_bad_rows(row, reason):
 
 
 @pytest.mark.parametrize(
-    ("layout", "row"),
+    ("columns", "row"),
     [
         (
-            Layout("alpaca", {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad", "system": "sys"}),
+            Columns("alpaca", {"prompt": "q", "query": "more", "chosen": "good", "rejected": "bad", "system": "sys"}),
             {"q": "A", "more": "B", "good": "3", "bad": "4", "sys": "S", "input": "x", "prompt": "x", "chosen": 0},
         ),
         (
-            Layout("sharegpt", {"messages": "talk", "chosen": "good", "rejected": "bad", "system": "sys"}),
+            Columns("sharegpt", {"messages": "talk", "chosen": "good", "rejected": "bad", "system": "sys"}),
             {"talk": turns(("human", "A\nB")), "good": SHAREGPT["chosen"], "bad": SHAREGPT["rejected"], "sys": "S"},
         ),
         (
-            Layout(
+            Columns(
                 "sharegpt",
                 {},
                 {
@@ -155,19 +155,19 @@ def test_bad_rows(row, reason):
             },
         ),
         (
-            Layout("openai", {"messages": "messages"}),
+            Columns("openai", {"messages": "messages"}),
             {"messages": [system("S"), user("A\nB")], "chosen": THREE[0], "rejected": FOUR[0], "prompt": "metadata"},
         ),
     ],
     ids=["alpaca", "sharegpt", "tags", "openai"],
 )
-def test_a_layout_names_columns_and_tags(layout, row):
-    assert preference_from_row(row, layout) == Preference([system("S"), user("A\nB")], THREE, FOUR)
+def test_an_entry_names_columns_and_tags(columns, row):
+    assert preference_from_row(row, columns) == Preference([system("S"), user("A\nB")], THREE, FOUR)
 
 
 def test_columns_that_an_entry_leaves_out_are_unused():
     row = {**ALPACA, "system": "S"}
-    record = preference_from_row(row, Layout("alpaca", {"prompt": "instruction"}))
+    record = preference_from_row(row, Columns("alpaca", {"prompt": "instruction"}))
     assert record.prompt == [user("Add")]
 
 

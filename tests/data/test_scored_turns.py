@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo.config.dpo_config import DPOConfig
@@ -45,14 +44,8 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken("</s>"), AddedToken("<pad>")])
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+def tokenizer(byte_tokenizer: Any) -> PreTrainedTokenizerFast:
+    made = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     made.chat_template = TURNS
     return made
 

@@ -700,7 +700,7 @@ def test_what_is_no_plain_lora_is_refused_in_trl_s_words(tmp_path):
 def test_everything_is_put_back():
     before = trl_names()
     handle = patch_trl()
-    ours = [binding.ours for binding in TrlPatch._bindings]
+    ours = [binding.ours for binding in TrlPatch._changes]
     assert utils._ChunkedLogProbFunction is trl_head.ChunkedLogProb
     assert sys.modules["trl.trainer.dpo_trainer"].add_fused_lm_head is utils.add_fused_lm_head
     changed = {where for where, value in trl_names().items() if where in before and value is not before[where]}

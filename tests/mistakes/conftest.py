@@ -1,4 +1,7 @@
-"""What the mistakes are made with: a tiny model, its adapter, pairs, a finished run; and one command run on copies."""
+"""What the mistakes are made with: a tiny model, its adapter, pairs, a finished run; and one command run on copies.
+
+Models are imported in the fixtures: a conftest.py is read before Triton's interpreter is switched on.
+"""
 
 import contextlib
 import io
@@ -13,12 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo.cli import COMMANDS, main
 
@@ -33,6 +30,13 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, `adapter` (of it), an `other` model (wider, with more tokens), `pairs.jsonl`, `saved` (the
     same, one split) and `run` (LoRA, two steps)."""
+    import torch
+    from datasets import Dataset, DatasetDict
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("workshop")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE({"</s>": 0, **{letter: i for i, letter in enumerate(letters, start=1)}}, []))

@@ -15,7 +15,7 @@ from fastdpo.losses import PairLogps, preference_loss
 from fastdpo.losses.modules import DPOLoss, FusedLinearDPOLoss
 from fastdpo.ops import logprob as logprob_module
 from fastdpo.ops import sequence
-from fastdpo.ops.linear_logprob import arguments, operator, prepare
+from fastdpo.ops.linear_logprob import arguments, operator, prepare, settings
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_plan, linear_logprob_stats
 from fastdpo.ops.logprob import logprob
 from fastdpo.ops.sequence import segment_sum, sequence_logprob
@@ -84,9 +84,24 @@ def op_arguments(
     rows: Tensor | None = None, stats=(), softcap: float | None = None, rank: int = 0, **options
 ) -> tuple[Any, ...]:
     hidden, weight, bias, labels = operands(**options)
-    pair = tuple(torch.randn(len(x), rank, dtype=x.dtype).requires_grad_() for x in (hidden, weight)) if rank else None
-    checked = prepare.Call.of(hidden, weight, labels, bias, rows, 1.1, 0.9, softcap, -100, False, stats, True, pair)
-    return hidden, weight, bias, *(pair or (None, None)), checked.labels, checked.rows, *checked.settings
+    u, b = (torch.randn(len(x), rank, dtype=x.dtype).requires_grad_() for x in (hidden, weight))
+    pair = (u, b) if rank else None
+    call = prepare.PreparedCall.of(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        rows=rows,
+        temperature=1.1,
+        logit_scale=0.9,
+        softcap=softcap,
+        ignore_index=-100,
+        shift=False,
+        lora=pair,
+        stats=stats,
+        entropy_grad=True,
+    )
+    return hidden, weight, bias, *(pair or (None, None)), call.operands.labels, call.operands.rows, *call.settings
 
 
 CASES = {
@@ -127,7 +142,7 @@ def test_opcheck_of_the_fused_kernels(case, monkeypatch, as_on_a_gpu):
     monkeypatch.setenv("FASTDPO_BACKEND", "triton")
     monkeypatch.setenv("FASTDPO_GEMM", "triton")
     args = op_arguments(dtype=torch.bfloat16, **CASES[case][1])
-    assert operator.Settings(*args[7:]).fused > 0
+    assert settings.Settings(*args[7:]).fused > 0
     op = torch.ops.fastdpo.linear_logprob.default
     assert equal(results_of(op, args), results_of(operator.run, args))
     assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}

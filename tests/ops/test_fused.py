@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton exists for Linux only")
 
 from fastdpo.kernels import configs, fused_dlogits, fused_fold
 from fastdpo.ops import reference
-from fastdpo.ops.linear_logprob import fused_tiles, operator, plan
+from fastdpo.ops.linear_logprob import fused_tiles, plan, settings
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_plan, linear_logprob_stats
 
 F64 = torch.float64
@@ -27,7 +27,7 @@ def fused_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FASTDPO_GEMM", "triton")
     monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "1")
     yield
-    operator._plan.cache_clear()  # of plans made under other limits
+    settings._plan.cache_clear()  # of plans made under other limits
 
 
 def inputs(n: int, h: int, v: int, dtype: torch.dtype, strength: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +200,7 @@ def test_bits_depend_on_neither_tile_nor_path(monkeypatch):
     for most_rows, most_cols in ((1024, 4096), (16, 128)):
         monkeypatch.setattr(plan, "MAX_ROWS", most_rows)
         monkeypatch.setattr(plan, "MAX_COLS_FUSED", most_cols)
-        operator._plan.cache_clear()
+        settings._plan.cache_clear()
         for needs in ((False, False), (True, False), (True, True)):
             for keep in ("0", "64"):
                 monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
@@ -231,7 +231,7 @@ def test_a_call_launches_what_its_path_says(trained, monkeypatch):
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, n=name, f=whole, **k: (launches.append(n), f(*a, **k))[1])
     monkeypatch.setattr(plan, "MAX_COLS_FUSED", 128)
-    operator._plan.cache_clear()
+    settings._plan.cache_clear()
     hidden, weight, labels = (x.clone() for x in inputs(9, 24, 301, torch.bfloat16))
     hidden.requires_grad_()
     weight.requires_grad_(trained)

@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_plan, linear_logprob_stats
-from fastdpo.ops.linear_logprob.plan import MIB, Needs, Shape, make_plan, tile
+from fastdpo.ops.linear_logprob.plan import Needs, Shape, make_plan, tile
+from fastdpo.ops.switches import MIB
 
 
 def shape(n: int = 4096, h: int = 2048, v: int = 128256, **change) -> Shape:
@@ -53,7 +54,7 @@ def test_tile_does_not_depend_on_the_path():
 
 
 def test_a_small_call_takes_a_small_workspace():
-    assert make_plan(shape(n=8, h=64, v=1000), Needs(hidden=True), 64 * MIB).workspace < MIB
+    assert make_plan(shape(n=8, h=64, v=1000), Needs(hidden=True), 64 * MIB, 0).workspace < MIB
 
 
 def peak_of(run) -> int:

@@ -5,18 +5,13 @@ are known to be good.
 """
 
 import argparse
-import contextlib
-import json
-import math
-import os
-import re
 import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from fastdpo.cli.command import fail
+from fastdpo.cli.command import CommandParser, count_from, run_command
 from fastdpo.cli.doctor import machine
 from fastdpo.cli.doctor.machine import Finding
 from fastdpo.cli.doctor.text import render
@@ -24,7 +19,7 @@ from fastdpo.cli.errors import UsageError
 from fastdpo.cli.model_folder import check_model_folder
 from fastdpo.ops.ahead_of_time import SHARED_LIMIT, TARGETS
 from fastdpo.versions import __version__
-from fastdpo.wording import closest
+from fastdpo.wording import one_sentence
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TRAIN = ("none", "lora", "head")
@@ -35,61 +30,35 @@ REGISTER_LIMIT = 255
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 all is well, 1 the self-test failed or what was asked for cannot work, 2 the input was wrong."""
-    parser = _build_parser()
-    if {"-h", "--help"} & set(argv):
-        print(parser.format_help(), end="")
-        return 0
-    debug = "--debug" in argv
-    try:
-        given = _parse(parser, argv)
-        # libraries print to stdout, which is the report's
-        with contextlib.redirect_stdout(sys.stderr):
-            report = examine(given)
-    except KeyboardInterrupt:
-        print("fastdpo doctor: interrupted", file=sys.stderr)
-        return 130
-    except UsageError as error:
-        return fail(debug, f"fastdpo doctor: error: {error}", 2)
-    except Exception as error:
-        hint = "" if debug else " (--debug shows the traceback)"
-        return fail(debug, f"fastdpo doctor: failed: {type(error).__name__}: {_one_line(error)}{hint}", 1)
-    text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n" if given.json else render(report)
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        # the interpreter flushes once more as it ends, and would end in a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return fail(debug, f"fastdpo doctor: failed: the report cannot be printed to stdout: {error.strerror}", 1)
-    return 0 if report["ok"] else 1
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message.removeprefix("argument "))
-
-
-def _build_parser() -> _Parser:
-    parser = _Parser(
-        prog="fastdpo doctor",
-        usage="fastdpo doctor [arguments]",
-        description="Say what is installed, which path log-probs take for a shape and why, and whether they are right.",
-        epilog="Exit code: 0 all is well, 1 the self-test failed or what was asked for cannot work, 2 wrong arguments.",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        add_help=False,
-        allow_abbrev=False,
+    return run_command(
+        _build_parser(),
+        argv,
+        examine,
+        render,
+        exit_code=lambda report: 0 if report["ok"] else 1,
+        # whatever else is raised is no fault of the arguments
+        input_errors=(UsageError,),
+        noun="the report",
+        not_finite=str,
     )
-    command = parser.add_argument_group("command")
-    command.add_argument("--json", action="store_true", help="the report as one JSON object, for a bug report")
-    command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    command.add_argument("-h", "--help", action="store_true", help="this text")
 
+
+def _build_parser() -> CommandParser:
+    parser = CommandParser(
+        "doctor",
+        "[arguments]",
+        "Say what is installed, which path log-probs take for a shape and why, and whether they are right.",
+        "Exit code: 0 all is well, 1 the self-test failed or what was asked for cannot work, 2 wrong arguments.",
+        json_help="the report as one JSON object, for a bug report",
+    )
+    count = count_from(1, "above 0")
     shape = parser.add_argument_group("which path")
     shape.add_argument("-m", "--model_name_or_path", metavar="STR", help="take sizes and dtype from its config.json")
-    shape.add_argument("--n", type=_count, metavar="INT", help=f"scored tokens of a batch (default: {DEFAULTS['n']})")
+    shape.add_argument("--n", type=count, metavar="INT", help=f"scored tokens of a batch (default: {DEFAULTS['n']})")
     shape.add_argument(
-        "--hidden_size", dest="h", type=_count, metavar="INT", help=f"default: {DEFAULTS['h']}, Llama-3.2-1B's"
+        "--hidden_size", dest="h", type=count, metavar="INT", help=f"default: {DEFAULTS['h']}, Llama-3.2-1B's"
     )
-    shape.add_argument("--vocab_size", dest="v", type=_count, metavar="INT", help=f"default: {DEFAULTS['v']}")
+    shape.add_argument("--vocab_size", dest="v", type=count, metavar="INT", help=f"default: {DEFAULTS['v']}")
     shape.add_argument("--dtype", choices=DTYPES, help=f"of hidden states and head (default: {DEFAULTS['dtype']})")
     shape.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     shape.add_argument(
@@ -111,49 +80,25 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text.replace("_", ""))
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be a whole number above 0, got {text!r}")
-    return value
-
-
-def _parse(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with `-` for `_` in names. Raises UsageError with one sentence."""
-    canonical = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), token) for token in argv]
-    given, unknown = parser.parse_known_args(canonical)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("-"):
-            raise UsageError(f"'{unknown[0]}' stands alone: arguments are --name value (see fastdpo doctor --help)")
-        close = closest(name, [flag for flag in parser._option_string_actions if flag.startswith("--")])
-        hint = f"did you mean '{close}'?" if close else "see fastdpo doctor --help"
-        raise UsageError(f"there is no argument '{name}': {hint}")
-    if given.arch is not None:
-        if given.device == "cpu":
-            raise UsageError("--arch names a GPU, and --device is cpu: leave one of them out")
-        given.device = "cuda"
-    if given.model_name_or_path is not None:
-        check_model_folder(given.model_name_or_path)
-    return given
-
-
-def examine(given: argparse.Namespace) -> dict[str, Any]:
+def examine(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole report. Raises UsageError where an argument cannot be meant."""
+    if arguments.arch is not None:
+        if arguments.device == "cpu":
+            raise UsageError("--arch names a GPU, and --device is cpu: leave one of them out")
+        arguments.device = "cuda"
+    if arguments.model_name_or_path is not None:
+        check_model_folder(arguments.model_name_or_path)
     installed = machine.versions()
-    found: list[Finding] = []
+    findings: list[Finding] = []
     build, cards = None, []
     try:
         build = machine.torch_build()
         cards = machine.gpus()
     except (ImportError, OSError, RuntimeError) as error:
         if installed["torch"] is not None:
-            found.append(Finding(f"torch is installed and does not work: {_one_line(error)}", True))
-    device = given.device or ("cuda" if cards else "cpu")
-    found += machine.findings(installed, build, cards, wants_gpu=given.device == "cuda")
+            findings.append(Finding(f"torch is installed and does not work: {_one_line(error)}", True))
+    device = arguments.device or ("cuda" if cards else "cpu")
+    findings += machine.findings(installed, build, cards, wants_gpu=arguments.device == "cuda")
     report: dict[str, Any] = {
         "fastdpo": __version__,
         "system": machine.system(),
@@ -163,40 +108,40 @@ def examine(given: argparse.Namespace) -> dict[str, Any]:
         "switches": machine.switches(),
     }
     if build is not None:
-        report["shape"], report["plans"], obstacles = _plans(given, device)
-        found += obstacles
-        if not given.skip_self_test:
+        report["shape"], report["plans"], obstacles = _plans(arguments, device)
+        findings += obstacles
+        if not arguments.skip_self_test:
             report["self_test"], failed = _self_test(device if cards else "cpu")
-            found += failed
-    if given.kernels is not None:
-        report["kernels"], failed = _kernels(given.kernels or list(TARGETS), installed)
-        found += failed
-    report["findings"] = [finding._asdict() for finding in found]
-    report["ok"] = not any(finding.fatal for finding in found)
+            findings += failed
+    if arguments.kernels is not None:
+        report["kernels"], failed = _kernels(arguments.kernels or list(TARGETS), installed)
+        findings += failed
+    report["findings"] = [finding._asdict() for finding in findings]
+    report["ok"] = not any(finding.fatal for finding in findings)
     return report
 
 
-def _plans(given: argparse.Namespace, device: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[Finding]]:
+def _plans(arguments: argparse.Namespace, device: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[Finding]]:
     """The shape that was asked about, one plan for each kind of training, and what stands in the way."""
     from fastdpo.cli.doctor import plan
 
     values, obstacles = dict(DEFAULTS), []
-    if given.model_name_or_path is not None:
+    if arguments.model_name_or_path is not None:
         try:
-            values |= plan.read_model(given.model_name_or_path)
+            values |= plan.read_model(arguments.model_name_or_path)
         except ImportError as error:
             return {}, [], [Finding(f"--model_name_or_path cannot be read: {_one_line(error)}", True)]
         obstacle = values.pop("obstacle")
         obstacles += [Finding(obstacle, True)] if obstacle else []
-    values |= {k: v for k in ("n", "h", "v", "dtype") if (v := getattr(given, k)) is not None}
+    values |= {k: v for k in ("n", "h", "v", "dtype") if (v := getattr(arguments, k)) is not None}
     if values["dtype"] not in DTYPES:
-        raise UsageError(f"{given.model_name_or_path} is in {values['dtype']}; give --dtype {{{','.join(DTYPES)}}}")
-    question = plan.Question(device=device, arch=given.arch, **values)
-    shape = {**question._asdict(), "model": given.model_name_or_path, "here": plan.is_here(question)}
+        raise UsageError(f"{arguments.model_name_or_path} is in {values['dtype']}; give --dtype {{{','.join(DTYPES)}}}")
+    question = plan.Question(device=device, arch=arguments.arch, **values)
+    shape = {**question._asdict(), "model": arguments.model_name_or_path, "here": plan.is_here(question)}
     if device == "cuda" and find_spec("triton") is not None:
         shape["arch"] = plan.arch_of(question)
     try:
-        trained = (given.train,) if given.train else TRAIN
+        trained = (arguments.train,) if arguments.train else TRAIN
         return shape, [plan.answer(question, train) for train in trained], obstacles
     except (ValueError, RuntimeError) as error:  # a FASTDPO_ variable
         return shape, [], [*obstacles, Finding(_one_line(error), True)]
@@ -222,22 +167,22 @@ def _kernels(targets: Sequence[str], installed: dict[str, str | None]) -> tuple[
 
     if find_spec("triton") is None:
         return [], [Finding("--kernels needs triton, which is not installed (it exists for Linux only)", True)]
-    rows, found = [], []
+    rows, findings = [], []
     for target in dict.fromkeys(targets):
         print(f"compiling every kernel for {target} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             compiled = ahead_of_time.resources(target)
         except (RuntimeError, OSError, ValueError) as error:
-            found.append(Finding(f"--kernels {target}: {_one_line(error)}", True))
+            findings.append(Finding(f"--kernels {target}: {_one_line(error)}", True))
             continue
         print(f"{len(compiled)} kernels in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         for row in compiled:
             over = _over(row)
             rows.append({**row, "over": over})
             if over:
-                found.append(Finding(f"{row['kernel']} on {target}: {over}", True))
-    return rows, found
+                findings.append(Finding(f"{row['kernel']} on {target}: {over}", True))
+    return rows, findings
 
 
 def _over(row: dict[str, Any]) -> str:
@@ -255,13 +200,4 @@ def _over(row: dict[str, Any]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as text, which JSON has not."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return one_sentence(error)[:400]

@@ -113,14 +113,14 @@ def gpus() -> list[dict[str, Any]]:
     """Every GPU that torch sees: name, architecture, memory in GiB, driver."""
     import torch
 
-    found = []
+    cards = []
     driver = nvidia_driver() if torch.version.cuda else None
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
         arch = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{major}{minor}"
-        found.append(
+        cards.append(
             {
                 "index": index,
                 "name": properties.name,
@@ -131,14 +131,14 @@ def gpus() -> list[dict[str, Any]]:
                 "too_old": not torch.version.hip and (major, minor) < OLDEST_ARCH,
             }
         )
-    return found
+    return cards
 
 
 def nvidia_driver() -> str | None:
     """The version of the NVIDIA driver, "unknown" where one is there and does not say, None without one."""
     if NVIDIA.is_file():
-        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", NVIDIA.read_text(encoding="utf-8", errors="replace"))
-        return found[1] if found else "unknown"
+        version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", NVIDIA.read_text(encoding="utf-8", errors="replace"))
+        return version[1] if version else "unknown"
     if shutil.which("nvidia-smi") is None:
         return None
     answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -154,36 +154,38 @@ def findings(
     installed: dict[str, str | None], build: dict[str, Any] | None, cards: list[dict[str, Any]], wants_gpu: bool
 ) -> list[Finding]:
     """What cannot work with these versions and devices; `build` is None where torch cannot be imported."""
-    found = []
+    problems = []
     for name, least in MINIMUM.items():
         have = installed[name]
         if have is None and name == "triton":
             if sys.platform == "linux":
-                what = "the GPU runs the tiled path in plain torch" if cards else "a GPU would run the tiled path"
-                found.append(Finding(f"triton is not installed, so {what}; pip install 'triton>={least}'", wants_gpu))
+                runs = "the GPU runs the tiled path in plain torch" if cards else "a GPU would run the tiled path"
+                text = f"triton is not installed, so {runs}; pip install 'triton>={least}'"
+                problems.append(Finding(text, wants_gpu))
         elif have is None:
-            found.append(Finding(f"{name} is not installed; pip install '{name}>={least}'", True))
+            problems.append(Finding(f"{name} is not installed; pip install '{name}>={least}'", True))
         elif _numbers(have) < _numbers(least):
-            wanted = f"fastdpo needs {least} or newer; pip install -U '{name}>={least}'"
-            found.append(Finding(f"{name} {have} is installed and {wanted}", True))
+            fix = f"fastdpo needs {least} or newer; pip install -U '{name}>={least}'"
+            problems.append(Finding(f"{name} {have} is installed and {fix}", True))
     if cards and os.environ.get("TRITON_INTERPRET") == "1":
-        found.append(Finding("TRITON_INTERPRET=1 is set, so Triton kernels do not run on the GPU; unset it", wants_gpu))
+        text = "TRITON_INTERPRET=1 is set, so Triton kernels do not run on the GPU; unset it"
+        problems.append(Finding(text, wants_gpu))
     if build is None or build["sees_gpu"]:
         for card in cards:
             if card["too_old"]:
                 text = f"{card['name']} is {card['arch']}, and the Triton kernels are made for sm_80 and newer"
-                found.append(Finding(text, wants_gpu))
-        return found
+                problems.append(Finding(text, wants_gpu))
+        return problems
     driver = nvidia_driver()
     if driver and build["build"] == "CPU only":
         text = f"torch {build['version']} is a CPU-only build, and this machine has NVIDIA driver {driver}"
-        found.append(Finding(f"{text}; install a CUDA build of torch to use the GPU", wants_gpu))
+        problems.append(Finding(f"{text}; install a CUDA build of torch to use the GPU", wants_gpu))
     elif driver and build["build"].startswith("CUDA"):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "its driver may be too old for it" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}"
         text = f"torch is built for {build['build']} and sees no GPU, though NVIDIA driver {driver} is there: {why}"
-        found.append(Finding(text, wants_gpu))
-    return found
+        problems.append(Finding(text, wants_gpu))
+    return problems
 
 
 def _numbers(text: str) -> list[int]:

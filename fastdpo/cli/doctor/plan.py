@@ -1,6 +1,5 @@
 """Which path the op would take for a shape, and why: from the plan alone, so the device need not be there."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.ops.linear_logprob.plan import MIB, Needs, Plan, Shape, keep_bytes, make_plan
-from fastdpo.ops.switches import choose_backend, fuses
+from fastdpo.ops.linear_logprob.plan import Needs, Plan, Shape, make_plan
+from fastdpo.ops.switches import (
+    MIB,
+    backend_choice,
+    choose_backend,
+    fuses,
+    gemm_choice,
+    keep_bytes,
+    workspace_bytes,
+)
 from fastdpo.wording import one_sentence
 
 NEEDS = {"none": Needs(), "lora": Needs(hidden=True), "head": Needs(hidden=True, weight=True)}
@@ -98,7 +105,7 @@ def answer(question: Question, train: str) -> dict[str, Any]:
         block_cols=block_cols,
     )
     needs = NEEDS[train]
-    plan = make_plan(shape, needs)
+    plan = make_plan(shape, needs, workspace_bytes(), keep_bytes())
     eager = backend == "reference"
     logits = _eager_bytes(question, dtype.itemsize, acc, differentiated=train != "none")
     path = "eager" if eager else plan.path
@@ -126,10 +133,10 @@ def _products(
     question: Question, backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[bool, str, int, str | None]:
     """Whether product and fold are one kernel, why, the columns of its partial results, and its tile in words."""
-    wanted = os.environ.get("FASTDPO_GEMM", "auto") or "auto"
+    switch = gemm_choice()
     # meta: asks for everything but the architecture, whose GPU may not be here
     fused = fuses(backend, torch.device("meta"), dtype, question.h, entropy_grad=False)
-    refused = "FASTDPO_GEMM=triton is not taken: " if wanted == "triton" else ""
+    refused = "FASTDPO_GEMM=triton is not taken: " if switch == "triton" else ""
     if backend != "triton":
         return False, f"{refused}the backend is {backend}", 0, None
     if dtype not in (torch.bfloat16, torch.float16):
@@ -137,13 +144,13 @@ def _products(
     from fastdpo.ops.linear_logprob.fused_tiles import configs
 
     arch = arch_of(question)
-    if wanted == "auto":
+    if switch == "auto":
         fused = configs.fused_by_default(arch, dtype, question.h)
     if not fused:
         unmeasured = f"no run on {arch} is in kernels/configs.py: FASTDPO_GEMM=triton tries the fused kernels"
-        return False, unmeasured if wanted == "auto" else f"FASTDPO_GEMM={wanted}", 0, None
-    why = f"FASTDPO_GEMM={wanted}"
-    if wanted == "auto":
+        return False, unmeasured if switch == "auto" else f"FASTDPO_GEMM={switch}", 0, None
+    why = f"FASTDPO_GEMM={switch}"
+    if switch == "auto":
         rows = (row for row in configs.MEASURED if (row.arch, row.dtype) == (arch, dtype))
         row = next(row for row in rows if question.h in row.hidden_sizes)
         why = f"measured on {row.gpu}, {row.date}: {row.command}"
@@ -176,9 +183,9 @@ def is_here(question: Question) -> bool:
 
 
 def _why_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    wanted = os.environ.get("FASTDPO_BACKEND", "auto") or "auto"
-    if wanted != "auto":
-        return f"FASTDPO_BACKEND={wanted}"
+    switch = backend_choice()
+    if switch != "auto":
+        return f"FASTDPO_BACKEND={switch}"
     if device.type == "cpu":
         return "plain torch on a CPU"
     if backend == "triton":

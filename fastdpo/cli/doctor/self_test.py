@@ -117,27 +117,27 @@ def _check(backend: str, dtype: torch.dtype, problem: Problem) -> tuple[dict[str
             plan = _plan(problem, needs)
             if (plan.path, plan.fused) != (path, backend == "fused"):
                 wrong.append(f"{path}: the plan is {plan}")
-            found = _run(problem, needs)
+            results = _run(problem, needs)
             again = _run(problem, needs)
         names = {"dh": needs[0], "dw": needs[1], "db": needs[1] and problem.bias is not None}
-        wanted = {"logp", *(name for name, need in names.items() if need)}
-        if set(found) != wanted:
-            wrong.append(f"{path}: gives {', '.join(found)} and not {', '.join(sorted(wanted))}")
-        if not all(torch.equal(a, again[name]) for name, a in found.items()):
+        expected = {"logp", *(name for name, need in names.items() if need)}
+        if set(results) != expected:
+            wrong.append(f"{path}: gives {', '.join(results)} and not {', '.join(sorted(expected))}")
+        if not all(torch.equal(a, again[name]) for name, a in results.items()):
             wrong.append(f"{path}: a second run gives other bits")
-        bits[path] = found["logp"]
-        if not torch.equal(found["logp"], bits["stats"]):
+        bits[path] = results["logp"]
+        if not torch.equal(results["logp"], bits["stats"]):
             wrong.append(f"{path}: log-probs are not the bits of the reference pass")
-        found = {name: x.cpu().double() for name, x in found.items()}
+        results = {name: x.cpu().double() for name, x in results.items()}
         truth, live = problem.truth["logp"], problem.truth["logp"] != 0
-        hold(path, "logp", _worst(found["logp"], truth), TOKEN_LIMIT)
-        hold(path, "relative", float(((found["logp"] - truth) / truth)[live].abs().max()), RELATIVE_LIMIT)
-        if "dh" in found:
-            hold(path, "dh", _worst_row(found["dh"], problem.truth["dh"], dtype), ROW_LIMIT[dtype])
+        hold(path, "logp", _worst(results["logp"], truth), TOKEN_LIMIT)
+        hold(path, "relative", float(((results["logp"] - truth) / truth)[live].abs().max()), RELATIVE_LIMIT)
+        if "dh" in results:
+            hold(path, "dh", _worst_row(results["dh"], problem.truth["dh"], dtype), ROW_LIMIT[dtype])
         for name in ("dw", "db"):
-            if name in found:
+            if name in results:
                 limit = 2 * problem.eager[name] + 1e-6
-                hold(path, name, _worst(found[name], problem.truth[name]) / limit, 1.0)
+                hold(path, name, _worst(results[name], problem.truth[name]) / limit, 1.0)
     return errors, wrong
 
 
@@ -169,14 +169,14 @@ def _worst_row(found: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 @contextmanager
 def _settings(backend: str, keep: str) -> Iterator[None]:
     """The environment of one backend; a small workspace, so that even this shape takes several tiles."""
-    wanted = {
+    variables = {
         "FASTDPO_BACKEND": "triton" if backend == "fused" else backend,
         "FASTDPO_GEMM": "triton" if backend == "fused" else "cublas",
         "FASTDPO_KEEP_MB": keep,
         "FASTDPO_WORKSPACE_MB": "1",
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -196,7 +196,8 @@ def _plan(problem: Problem, needs: tuple[bool, bool]) -> Any:
     hidden, weight, bias = _leaves(problem, needs)
     assert hidden is not None
     assert weight is not None
-    return linear_logprob_plan(hidden, weight, problem.labels, bias=bias, rows=problem.rows, **problem.options)
+    options: Any = problem.options
+    return linear_logprob_plan(hidden, weight, problem.labels, bias=bias, rows=problem.rows, **options)
 
 
 def _run(problem: Problem, needs: tuple[bool, bool]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ def render(report: dict[str, Any]) -> str:
     if report.get("kernels"):
         parts += _kernels(report["kernels"])
     parts.append(_findings(report))
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _versions(report: dict[str, Any]) -> list[str]:
@@ -131,8 +131,7 @@ def _kernels(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _findings(report: dict[str, Any]) -> list[str]:
-    found = report["findings"]
-    lines = [f"{'FAILED' if finding['fatal'] else 'note'}: {finding['text']}" for finding in found]
+    lines = [f"{'FAILED' if finding['fatal'] else 'note'}: {finding['text']}" for finding in report["findings"]]
     return [*lines, "all is well" if report["ok"] else "not all is well: see the lines above"]
 
 

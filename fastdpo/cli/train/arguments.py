@@ -90,7 +90,7 @@ class ModelArguments:
         default=False, metadata={"help": "Merge all of `adapter_name_or_path`, and train a fresh adapter."}
     )
     freeze_trainable_layers: int | None = field(
-        default=None, metadata={"help": "Train only the last so many layers; negative: the first."}
+        default=None, metadata={"help": "Train only the last N layers; negative: the first N."}
     )
     freeze_trainable_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules of these layers that are trained; unset: all of them."}

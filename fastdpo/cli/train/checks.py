@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.model_folder import _is_adapter_folder, check_model_folder
+from fastdpo.cli.model_folder import check_model_folder, is_adapter_folder
 from fastdpo.cli.train.parsing import Request
 from fastdpo.json_text import read_json
 
@@ -47,7 +47,7 @@ def check_request(request: Request) -> None:
 def with_base_model(request: Request) -> Request:
     """The request with the base model of an adapter's folder that was given as the model. Raises UsageError."""
     folder = request.values.get("model_name_or_path")
-    if folder is None or not _is_adapter_folder(Path(folder)):
+    if folder is None or not is_adapter_folder(Path(folder)):
         return request
     try:
         base = read_json(Path(folder, "adapter_config.json"))["base_model_name_or_path"]
@@ -61,8 +61,8 @@ def with_base_model(request: Request) -> Request:
     except UsageError as error:
         raise UsageError(f"the adapter {folder} belongs to {base}, and there is {error}: {fix}") from error
     more = request.values.get("adapter_name_or_path") or []
-    found = {"model_name_or_path": base, "adapter_name_or_path": [folder, *more]}
-    return request._replace(values={**request.values, **found})
+    adapted = {"model_name_or_path": base, "adapter_name_or_path": [folder, *more]}
+    return request._replace(values={**request.values, **adapted})
 
 
 def _check_adapters(request: Request) -> None:
@@ -76,9 +76,9 @@ def _check_adapters(request: Request) -> None:
     if fresh and not values.get("use_peft"):
         raise UsageError(f"{sources['create_new_adapter']} trains a fresh adapter: add --use_peft")
     if adapters and not fresh and (values.get("use_peft") or lora):
-        given = sources.get("use_peft") if values.get("use_peft") else sources[lora[0]]
+        argument = sources.get("use_peft") if values.get("use_peft") else sources[lora[0]]
         raise UsageError(
-            f"{given} is about a fresh adapter, and {adapters[-1]} goes on being trained as it is: leave it out, or "
+            f"{argument} is about a fresh adapter, and {adapters[-1]} goes on being trained as it is: leave it out, or "
             "add --use_peft --create_new_adapter to merge that adapter first"
         )
     if lora and not adapters and "use_peft" not in values:

@@ -4,22 +4,20 @@ What is cheap to check is checked first, and torch is imported only when names a
 stdout gets the result, stderr everything else.
 """
 
-import contextlib
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.cli.command import NESTED, fail, log_to_stderr
-from fastdpo.cli.errors import TrainingFailed, UsageError
+from fastdpo.cli.command import end_command
+from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train.checks import check_request, only_process_of_several, with_base_model
 from fastdpo.cli.train.data import load_data
 from fastdpo.cli.train.fields import FIELDS
 from fastdpo.cli.train.parsing import DEFAULTS, Request, help_text, parse
 from fastdpo.escaping import visible
 from fastdpo.files import check_output_dir, check_writable
-from fastdpo.wording import one_sentence
+from fastdpo.wording import first_sentence
 
 if TYPE_CHECKING:
     from fastdpo.config.dpo_config import DPOConfig
@@ -35,42 +33,22 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         print(help_text(show_all=bool({"--help-all", "--help_all"} & set(argv))), end="")
         return 0
-    debug = "--debug" in argv
     output_dir = "output"
-    try:
-        # progress bars and libraries print to stdout, which is the result's
-        with contextlib.redirect_stdout(sys.stderr), log_to_stderr():
-            request = parse(argv)
-            output_dir = request.values.get("output_dir") or output_dir
-            result = run(request)
-    except KeyboardInterrupt:
-        print(f"fastdpo train: interrupted; {_how_to_go_on(output_dir)}", file=sys.stderr)
-        return 130
-    except SystemExit as end:  # after a SIGTERM or SIGHUP, said already; or a library's
-        if isinstance(end.code, str):
-            return fail(debug, f"fastdpo train: failed: {one_sentence(end)}", 1)
-        return end.code or 0
-    except (ValueError, OSError, ImportError) as error:
-        message = str(error) if _is_ours(error) else one_sentence(error)
-        return fail(debug, f"fastdpo train: error: {message}", 2)
-    except RecursionError:  # of a library, or one of the steps that walk what was read
-        return fail(debug, f"fastdpo train: error: {NESTED}", 2)
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, TrainingFailed) and error.__cause__ else error
-        if _is_ours(cause):
-            return fail(debug, f"fastdpo train: failed: {cause}", 1)
-        hint = "" if debug else " (--debug shows the traceback)"
-        # where memory ran out, a library's text about its allocator helps less
-        message = getattr(cause, "fastdpo_sentence", None) or f"{type(cause).__name__}: {one_sentence(cause)}"
-        return fail(debug, f"fastdpo train: failed: {message}{hint}", 1)
-    try:
-        print(visible(result), end="", flush=True)
-    except OSError as error:
-        # the interpreter flushes once more as it ends, and would end in a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message = f"training is done and saved, but its result cannot be printed to stdout: {error.strerror}"
-        return fail(debug, f"fastdpo train: failed: {message}", 1)
-    return 0
+
+    def parse_and_train() -> str:
+        nonlocal output_dir
+        request = parse(argv)
+        output_dir = request.values.get("output_dir") or output_dir
+        return run(request)
+
+    return end_command(
+        "fastdpo train",
+        "--debug" in argv,
+        parse_and_train,
+        visible,
+        interrupted=lambda: f"interrupted; {_how_to_go_on(output_dir)}",
+        noun="training is done and saved, but its result",
+    )
 
 
 def _how_to_go_on(output_dir: str) -> str:
@@ -80,11 +58,6 @@ def _how_to_go_on(output_dir: str) -> str:
     if last is None:
         return f"there is no checkpoint in {output_dir} yet, so the same command starts from the beginning"
     return f"--resume_from_checkpoint goes on from {Path(output_dir, last)}"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the message was written for the user, possibly over several lines (bad rows)."""
-    return type(error).__module__.startswith("fastdpo.")
 
 
 def run(request: Request) -> str:
@@ -132,7 +105,7 @@ def build_config(request: Request) -> "DPOConfig":
     import torch
     import transformers
 
-    from fastdpo.cli.train.show import hide_bars, no_bars_without_terminal
+    from fastdpo.cli.terminal import hide_bars, no_bars_without_terminal
     from fastdpo.config.dpo_config import DPOConfig
 
     values = {name: value for name, value in request.values.items() if OWNER[name] == "dpo"}
@@ -188,10 +161,9 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
 
 def _reason(error: BaseException) -> str:
     """What a library says, in one sentence, without the advice that follows it."""
-    text = one_sentence(error)
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return "it brings Python code of its own; read that, and give --trust_remote_code to run it"
-    return text.split(". ")[0].rstrip(".")
+    return first_sentence(error).rstrip(".")
 
 
 def build_peft_config(option: dict[str, Any], model_type: str) -> Any:
@@ -199,7 +171,7 @@ def build_peft_config(option: dict[str, Any], model_type: str) -> Any:
     from peft import LoraConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    from fastdpo.cli.train.show import say
+    from fastdpo.cli.terminal import say
 
     targets = option["lora_target_modules"]
     if isinstance(targets, str) and targets.isidentifier():

@@ -1,19 +1,20 @@
-"""A file of arguments in YAML or JSON -> its entries, names unchecked; small, flat, and never trusted to be either."""
+"""A file of arguments in YAML or JSON, their names unchecked; small, flat, and never trusted to be either."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.train.values import Entry
+from fastdpo.cli.train.values import Argument
 from fastdpo.json_text import MAX_DEPTH, parse_json
+from fastdpo.wording import first_line
 
 OWN_FLAGS = ("help", "help_all", "debug", "demo", "config")  # of the command line alone
 MOST_BYTES = 2**20  # PyYAML reads a megabyte in seconds
 MOST_VALUES = 100_000  # with every alias written out
 
 
-def read_config(path: Path) -> list[Entry]:
+def read_config(path: Path) -> list[Argument]:
     """Its arguments, each with its place. Raises UsageError for a file that is not a mapping, in one sentence."""
     try:
         size = path.stat().st_size
@@ -28,15 +29,15 @@ def read_config(path: Path) -> list[Entry]:
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {path} is not UTF-8 text") from error
     entries = _json_entries(path, text) if path.suffix == ".json" else _yaml_entries(path, text)
-    found: dict[str, Entry] = {}
+    arguments: dict[str, Argument] = {}
     for key, value, place in entries:
         name = key.replace("-", "_")
         if name in OWN_FLAGS:
             raise UsageError(f"{place}: '{key}' belongs on the command line, not in a file")
-        if name in found:
+        if name in arguments:
             raise UsageError(f"{place}: '{key}' stands twice in this file")
-        found[name] = Entry(name, value, place)
-    return list(found.values())
+        arguments[name] = Argument(name, value, place)
+    return list(arguments.values())
 
 
 def _json_entries(path: Path, text: str) -> list[tuple[str, Any, str]]:
@@ -68,7 +69,7 @@ def _yaml_entries(path: Path, text: str) -> list[tuple[str, Any, str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         if problem.startswith("but "):  # it goes on from what stands in the context
             problem = f"{getattr(error, 'context', '')} {problem}"
         raise UsageError(f"{path}{line}: not YAML: {problem}") from error
@@ -88,16 +89,16 @@ def _refuse_expansion(path: Path, node: Any) -> None:
 
     Merges (<<) and messages write aliases out, so that ten lines can stand for billions of values.
     """
-    found: dict[int, tuple[int, int]] = {}  # of nodes that were looked at, by identity: an alias is the same node again
+    sizes: dict[int, tuple[int, int]] = {}  # of nodes that were looked at, by identity: an alias is the same node again
 
     def measure(node: Any) -> tuple[int, int]:
         """Values, and how deep they are nested."""
-        if id(node) not in found:
-            found[id(node)] = MOST_VALUES, MAX_DEPTH  # what a node that holds itself finds
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_VALUES, MAX_DEPTH  # what a node that holds itself finds
             inner = node.value if isinstance(node.value, list) else []
             parts = [measure(part) for item in inner for part in (item if isinstance(item, tuple) else (item,))]
-            found[id(node)] = 1 + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
-        return found[id(node)]
+            sizes[id(node)] = 1 + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
+        return sizes[id(node)]
 
     size, depth = measure(node)
     if depth > MAX_DEPTH and size <= MOST_VALUES:

@@ -30,7 +30,7 @@ def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Data
     Raises:
         UsageError, DataError: one sentence (bad rows: one line each).
     """
-    from fastdpo.cli.train.show import say
+    from fastdpo.cli.terminal import say
     from fastdpo.data.mixtures import load_mixture, split_off
 
     if option["dataset_streaming"]:
@@ -73,7 +73,7 @@ def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Data
 
 
 def _train_specs(option: dict[str, Any]) -> list[Any]:
-    from fastdpo.cli.train.show import say
+    from fastdpo.cli.terminal import say
     from fastdpo.data.mixtures import parse_mixture
 
     if not option["datasets"]:
@@ -102,7 +102,7 @@ def load_eval_dataset(option: dict[str, Any], common: dict[str, Any]) -> "Datase
 def _load_eval_part(spec: Any, option: dict[str, Any], common: dict[str, Any]) -> "Dataset":
     from dataclasses import replace
 
-    from fastdpo.cli.train.show import say
+    from fastdpo.cli.terminal import say
     from fastdpo.data.formats import DataError
     from fastdpo.data.mixtures import load_mixture
 

@@ -74,7 +74,7 @@ FIELDS = (
     Field('lora_task_type', 'str', 'CAUSAL_LM', ('CAUSAL_LM',), 'model, further', 'The task, as in TRL; there is one.', 'model', False),
     Field('init_lora_weights', 'bool | str', True, None, 'model, further', "PEFT's initialization: true (adds nothing at first), gaussian, pissa, ...", 'model', False),
     Field('create_new_adapter', 'bool', False, None, 'model, further', 'Merge all of adapter_name_or_path, and train a fresh adapter.', 'model', False),
-    Field('freeze_trainable_layers', 'int | None', None, None, 'model, further', 'Train only the last so many layers; negative: the first.', 'model', False),
+    Field('freeze_trainable_layers', 'int | None', None, None, 'model, further', 'Train only the last N layers; negative: the first N.', 'model', False),
     Field('freeze_trainable_modules', 'list[str] | None', None, None, 'model, further', 'Modules of these layers that are trained; unset: all of them.', 'model', False),
     Field('freeze_extra_modules', 'list[str] | None', None, None, 'model, further', 'Modules outside of the layers that are trained too, such as norm or lm_head.', 'model', False),
     Field('bnb_4bit_quant_type', 'str', 'nf4', ('nf4', 'fp4'), 'model, further', 'Type of the 4-bit weights.', 'model', False),

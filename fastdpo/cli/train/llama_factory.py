@@ -14,9 +14,9 @@ from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train.arguments import Field
 from fastdpo.cli.train.fields import FIELDS
 from fastdpo.cli.train.llama_factory_keys import DEFAULTS, LORA_DEFAULTS, REFUSED, RENAMED, WHY_NOT
-from fastdpo.cli.train.values import Entry, convert, plain
+from fastdpo.cli.train.values import Argument, as_yaml, convert
 from fastdpo.config.old_names import OLD_NAMES
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -27,45 +27,45 @@ ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_at
 LORA = {"use_rslora", "use_dora", "init_lora_weights"}  # and what begins with lora_
 
 
-def is_one(entries: list[Entry]) -> bool:
+def is_one(arguments: list[Argument]) -> bool:
     """Whether this is a LLaMA-Factory configuration: its stage or method, or two of its names and none of ours."""
-    names = {entry.name for entry in entries}
+    names = {argument.name for argument in arguments}
     theirs = names & (KEYS - OURS)
     return bool(theirs & {"stage", "finetuning_type"}) or (len(theirs) > 1 and not names & {*RENAMED.values()})
 
 
-def translate(entries: list[Entry], source: str) -> list[Entry]:
-    """The entries under our names. What changes nothing is said in one log line, and so are the defaults that hold.
+def translate(arguments: list[Argument], source: str) -> list[Argument]:
+    """The arguments under our names. What changes nothing is said in one log line, and so are the defaults that hold.
 
     Raises:
         UsageError: one sentence: an unknown name, or what would change training and is not built.
     """
-    given = {entry.name: entry for entry in entries}  # the command line comes after the file
+    theirs = {argument.name: argument for argument in arguments}  # the command line comes after the file
     # null is LLaMA-Factory's way to leave an argument out
-    given = {name: e for name, e in given.items() if not _is_left_out(e)}
+    theirs = {name: argument for name, argument in theirs.items() if not _is_left_out(argument)}
     unused: dict[str, str] = {}
-    found: dict[str, Entry] = {}
-    for entry in given.values():
-        for ours in _translated(entry, unused):
-            other = found.get(ours.name)
-            if other and bool(other.place) == bool(ours.place):
-                raise UsageError(f"{ours.where} and {other.given_as or other.name} are the same argument: give one")
+    ours: dict[str, Argument] = {}
+    for argument in theirs.values():
+        for renamed in _translated(argument, unused):
+            other = ours.get(renamed.name)
+            if other and bool(other.place) == bool(renamed.place):
+                raise UsageError(f"{renamed.where} and {other.given_as or other.name} are the same argument: give one")
             if other is None or other.place:
-                found[ours.name] = ours
-    _settle_data(given, found)
-    _settle_method(given, found, unused)
-    _add_bco(given, found, unused)
-    defaults = {**DEFAULTS, **(LORA_DEFAULTS if "use_peft" in found else {})}
-    silent = {name: value for name, value in defaults.items() if RENAMED.get(name, name) not in found}
+                ours[renamed.name] = renamed
+    _settle_data(theirs, ours)
+    _settle_method(theirs, ours, unused)
+    _add_bco(theirs, ours, unused)
+    defaults = {**DEFAULTS, **(LORA_DEFAULTS if "use_peft" in ours else {})}
+    silent = {name: value for name, value in defaults.items() if RENAMED.get(name, name) not in ours}
     for name, value in silent.items():
-        found[RENAMED.get(name, name)] = Entry(RENAMED.get(name, name), value, "", name)
+        ours[RENAMED.get(name, name)] = Argument(RENAMED.get(name, name), value, "", name)
     said = ", ".join(f"{name} {value}" for name, value in silent.items())
     logger.info(f"{source} is a LLaMA-Factory configuration{said and f'; its defaults hold for {said}'}.")
-    if "adapter_name_or_path" in found and not {"use_peft", "ref_model", "ref_adapters"} & found.keys():
+    if "adapter_name_or_path" in ours and not {"use_peft", "ref_model", "ref_adapters"} & ours.keys():
         logger.info("the reference is the adapter's start, where LLaMA-Factory takes the base model (ref_model).")
     if unused:
         logger.warning(f"no effect here: {', '.join(f'{name} ({why})' for name, why in unused.items())}.")
-    return list(found.values())
+    return list(ours.values())
 
 
 def add_defaults(values: dict[str, Any]) -> None:
@@ -76,132 +76,133 @@ def add_defaults(values: dict[str, Any]) -> None:
         values.setdefault("use_bnb_nested_quant", True)
 
 
-def _is_left_out(entry: Entry) -> bool:
-    value = plain(entry.value) if entry.name in KEYS and not entry.place else entry.value
+def _is_left_out(argument: Argument) -> bool:
+    value = as_yaml(argument.value) if argument.name in KEYS and not argument.place else argument.value
     return value is None
 
 
-def _translated(entry: Entry, unused: dict[str, str]) -> list[Entry]:
-    """One entry under our names: none where it has no effect."""
-    name = entry.name
+def _translated(argument: Argument, unused: dict[str, str]) -> list[Argument]:
+    """One argument under our names: none where it has no effect."""
+    name = argument.name
     if name in _TRANSLATE:
-        return [Entry(new, value, entry.place, name) for new, value in _TRANSLATE[name](entry).items()]
-    if name == "max_length" and entry.place:
-        raise UsageError(f"{entry.where} is a length of generation in LLaMA-Factory: write cutoff_len for training")
+        return [Argument(new, value, argument.place, name) for new, value in _TRANSLATE[name](argument).items()]
+    if name == "max_length" and argument.place:
+        raise UsageError(f"{argument.where} is a length of generation in LLaMA-Factory: write cutoff_len for training")
     if name in RENAMED:
-        return [entry._replace(name=RENAMED[name], given_as=name)]
+        return [argument._replace(name=RENAMED[name], given_as=name)]
     if name in OURS or name in OLD_NAMES:
-        return [entry]
-    asked = plain(entry.value)
+        return [argument]
+    asked = as_yaml(argument.value)
     if name in REFUSED and asked:
-        raise UsageError(f"{entry.where} is not supported: {REFUSED[name]}")
+        raise UsageError(f"{argument.where} is not supported: {REFUSED[name]}")
     if name in WHY_NOT and asked:
         unused[name] = WHY_NOT[name]
     if name in REFUSED or name in WHY_NOT:
         return []
-    close = closest(name, KEYS | OURS | OLD_NAMES.keys())
-    hint = f": did you mean '{close}'?" if close else ", neither LLaMA-Factory's nor fastdpo's"
-    kind = f"{entry.place}: there is no key" if entry.place else "there is no argument"
-    raise UsageError(f"{kind} '{name}'{hint}")
+    hint = did_you_mean(name, KEYS | OURS | OLD_NAMES.keys())
+    kind = f"{argument.place}: there is no key" if argument.place else "there is no argument"
+    raise UsageError(f"{kind} '{name}'" + (f": {hint}" if hint else ", neither LLaMA-Factory's nor fastdpo's"))
 
 
-def _typed(entry: Entry, kind: str, choices: tuple[str, ...] | None = None) -> Any:
-    return convert(entry.value, Field(entry.name, kind, None, choices, "", "", "", False), entry.where)
+def _typed(argument: Argument, kind: str, choices: tuple[str, ...] | None = None) -> Any:
+    return convert(argument.value, Field(argument.name, kind, None, choices, "", "", "", False), argument.where)
 
 
-def _names(entry: Entry) -> list[str]:
-    return _typed(entry, "list[str]")
+def _names(argument: Argument) -> list[str]:
+    return _typed(argument, "list[str]")
 
 
-def _stage(entry: Entry) -> dict[str, Any]:
-    stage = _typed(entry, "str", STAGES)
+def _stage(argument: Argument) -> dict[str, Any]:
+    stage = _typed(argument, "str", STAGES)
     if stage != "dpo":
         other = "llamafactory-cli" if stage != "kto" else "pairs with `pref_loss: kto_pair`, or llamafactory-cli"
-        raise UsageError(f"{entry.where} is {stage}, and fastdpo trains dpo: set it to dpo, or use {other}")
+        raise UsageError(f"{argument.where} is {stage}, and fastdpo trains dpo: set it to dpo, or use {other}")
     return {}
 
 
-def _do_train(entry: Entry) -> dict[str, Any]:
-    if not _typed(entry, "bool"):
-        raise UsageError(f"{entry.where} is false, and `fastdpo train` trains: set it to true")
+def _do_train(argument: Argument) -> dict[str, Any]:
+    if not _typed(argument, "bool"):
+        raise UsageError(f"{argument.where} is false, and `fastdpo train` trains: set it to true")
     return {}
 
 
-def _finetuning_type(entry: Entry) -> dict[str, Any]:
-    if _typed(entry, "str", METHODS) == "oft":
-        raise UsageError(f"{entry.where} is oft, which is not supported: use lora, freeze or full")
+def _finetuning_type(argument: Argument) -> dict[str, Any]:
+    if _typed(argument, "str", METHODS) == "oft":
+        raise UsageError(f"{argument.where} is oft, which is not supported: use lora, freeze or full")
     return {}
 
 
-def _lora_target(entry: Entry) -> dict[str, Any]:
-    names = _names(entry)
+def _lora_target(argument: Argument) -> dict[str, Any]:
+    names = _names(argument)
     return {"lora_target_modules": "all-linear" if names == ["all"] else names}
 
 
-def _dataset_dir(entry: Entry) -> dict[str, Any]:
-    folder = _typed(entry, "str")
+def _dataset_dir(argument: Argument) -> dict[str, Any]:
+    folder = _typed(argument, "str")
     if folder.startswith("REMOTE:"):
-        raise UsageError(f"{entry.where} is {folder}: download that folder, and give its path")
+        raise UsageError(f"{argument.where} is {folder}: download that folder, and give its path")
     return {"dataset_dir": None if folder == "ONLINE" else folder}
 
 
-def _quantization_bit(entry: Entry) -> dict[str, Any]:
-    bits = _typed(entry, "int")
+def _quantization_bit(argument: Argument) -> dict[str, Any]:
+    bits = _typed(argument, "int")
     if bits not in (4, 8):
-        raise UsageError(f"{entry.where} should be 4 or 8, got {bits}")
+        raise UsageError(f"{argument.where} should be 4 or 8, got {bits}")
     return {f"load_in_{bits}bit": True}
 
 
-def _ref_quantization_bit(entry: Entry) -> dict[str, Any]:
-    config = {"quant_method": "bitsandbytes", **_quantization_bit(entry)}
+def _ref_quantization_bit(argument: Argument) -> dict[str, Any]:
+    config = {"quant_method": "bitsandbytes", **_quantization_bit(argument)}
     return {"ref_model_init_kwargs": {"quantization_config": config}}
 
 
-def _quantization_method(entry: Entry) -> dict[str, Any]:
-    if _typed(entry, "str") not in ("bnb", "bitsandbytes"):
-        raise UsageError(f"{entry.where} is {entry.value}, and bitsandbytes (bnb) is what models are quantized with")
+def _quantization_method(argument: Argument) -> dict[str, Any]:
+    if _typed(argument, "str") not in ("bnb", "bitsandbytes"):
+        why = "bitsandbytes (bnb) is what models are quantized with"
+        raise UsageError(f"{argument.where} is {argument.value}, and {why}")
     return {}
 
 
-def _mix_strategy(entry: Entry) -> dict[str, Any]:
-    if _typed(entry, "str") != "concat":
-        raise UsageError(f"{entry.where} is {entry.value}: datasets are put together whole (concat); leave it out")
+def _mix_strategy(argument: Argument) -> dict[str, Any]:
+    if _typed(argument, "str") != "concat":
+        why = "datasets are put together whole (concat)"
+        raise UsageError(f"{argument.where} is {argument.value}: {why}; leave it out")
     return {}
 
 
-def _adapter_folder(entry: Entry) -> dict[str, Any]:
-    if entry.value:
-        raise UsageError(f"{entry.where} is not supported: put the sub-folder into adapter_name_or_path")
+def _adapter_folder(argument: Argument) -> dict[str, Any]:
+    if argument.value:
+        raise UsageError(f"{argument.where} is not supported: put the sub-folder into adapter_name_or_path")
     return {}
 
 
-def _pissa_convert(entry: Entry) -> dict[str, Any]:
-    if _typed(entry, "bool"):
-        raise UsageError(f"{entry.where} is not supported: `fastdpo merge` reads the adapter as it is saved")
+def _pissa_convert(argument: Argument) -> dict[str, Any]:
+    if _typed(argument, "bool"):
+        raise UsageError(f"{argument.where} is not supported: `fastdpo merge` reads the adapter as it is saved")
     return {}
 
 
-def _freeze_modules(entry: Entry) -> dict[str, Any]:
-    names = _names(entry)
-    return {} if names == ["all"] else {entry.name: names}
+def _freeze_modules(argument: Argument) -> dict[str, Any]:
+    names = _names(argument)
+    return {} if names == ["all"] else {argument.name: names}
 
 
-def _val_size(entry: Entry) -> dict[str, Any]:
-    size = _typed(entry, "float")
+def _val_size(argument: Argument) -> dict[str, Any]:
+    size = _typed(argument, "float")
     if size == 0:
         return {}
     return {"test_split_size": size if size < 1 else int(size)}
 
 
-def _flag(when_true: dict[str, Any]) -> Callable[[Entry], dict[str, Any]]:
-    return lambda entry: when_true if _typed(entry, "bool") else {}
+def _flag(when_true: dict[str, Any]) -> Callable[[Argument], dict[str, Any]]:
+    return lambda argument: when_true if _typed(argument, "bool") else {}
 
 
-def _as_it_is(entry: Entry) -> dict[str, Any]:
-    return {entry.name: entry.value}
+def _as_it_is(argument: Argument) -> dict[str, Any]:
+    return {argument.name: argument.value}
 
 
-_TRANSLATE: dict[str, Callable[[Entry], dict[str, Any]]] = {
+_TRANSLATE: dict[str, Callable[[Argument], dict[str, Any]]] = {
     "adapter_folder": _adapter_folder,
     "adapter_name_or_path": _as_it_is,
     "create_new_adapter": _as_it_is,
@@ -210,7 +211,7 @@ _TRANSLATE: dict[str, Callable[[Entry], dict[str, Any]]] = {
     "disable_shuffling": _flag({"train_sampling_strategy": "sequential"}),
     "do_train": _do_train,
     "finetuning_type": _finetuning_type,
-    "flash_attn": lambda entry: {"attn_implementation": ATTENTION[_typed(entry, "str", tuple(ATTENTION))]},
+    "flash_attn": lambda argument: {"attn_implementation": ATTENTION[_typed(argument, "str", tuple(ATTENTION))]},
     "freeze_extra_modules": _freeze_modules,
     "freeze_trainable_layers": _as_it_is,
     "freeze_trainable_modules": _freeze_modules,
@@ -219,13 +220,13 @@ _TRANSLATE: dict[str, Callable[[Entry], dict[str, Any]]] = {
     "mix_strategy": _mix_strategy,
     "pissa_convert": _pissa_convert,
     "pissa_init": _flag({"init_lora_weights": "pissa"}),
-    "pref_bco_weight": lambda entry: {},  # _add_bco reads it
+    "pref_bco_weight": lambda argument: {},  # _add_bco reads it
     "pure_bf16": _flag({"dtype": "bfloat16"}),
     "quantization_bit": _quantization_bit,
     "quantization_method": _quantization_method,
     "ref_model_quantization_bit": _ref_quantization_bit,
     "stage": _stage,
-    "use_swanlab": lambda entry: {},  # _settle_data reads it
+    "use_swanlab": lambda argument: {},  # _settle_data reads it
     "val_size": _val_size,
 }
 
@@ -234,62 +235,62 @@ _TRANSLATE: dict[str, Callable[[Entry], dict[str, Any]]] = {
 KEYS = RENAMED.keys() | REFUSED.keys() | WHY_NOT.keys() | _TRANSLATE.keys()
 
 
-def _settle_data(given: dict[str, Entry], found: dict[str, Entry]) -> None:
+def _settle_data(theirs: dict[str, Argument], ours: dict[str, Argument]) -> None:
     """Which pairs are evaluated on, where datasets are named, and what is reported to."""
     for name in ("dataset_name", "eval_dataset_name"):
-        if name in found and isinstance(found[name].value, list):  # a YAML list of names
-            found[name] = found[name]._replace(value=",".join(map(str, found[name].value)))
-    size, other = found.get("test_split_size"), found.get("eval_dataset_name")
+        if name in ours and isinstance(ours[name].value, list):  # a YAML list of names
+            ours[name] = ours[name]._replace(value=",".join(map(str, ours[name].value)))
+    size, other = ours.get("test_split_size"), ours.get("eval_dataset_name")
     if size and other:
         raise UsageError(f"{size.where} and {other.given_as or other.name} both name pairs to evaluate on: give one")
-    named = [str(found[name].value) for name in ("dataset_name", "eval_dataset_name") if name in found]
+    named = [str(ours[name].value) for name in ("dataset_name", "eval_dataset_name") if name in ours]
     # a file that is given in place of a name needs no dataset_info.json
     files = all(Path(name.strip()).exists() for names in named for name in names.split(","))
-    if "dataset" in given and "dataset_dir" not in given and not files:
-        found["dataset_dir"] = Entry("dataset_dir", "data", given["dataset"].place)
-    swanlab = given.get("use_swanlab")
+    if "dataset" in theirs and "dataset_dir" not in theirs and not files:
+        ours["dataset_dir"] = Argument("dataset_dir", "data", theirs["dataset"].place)
+    swanlab = theirs.get("use_swanlab")
     if swanlab and _typed(swanlab, "bool"):
-        trackers = found["report_to"].value if "report_to" in found else []
+        trackers = ours["report_to"].value if "report_to" in ours else []
         trackers = [trackers] if isinstance(trackers, str) else trackers
         names = [name for name in trackers if name != "none"]
-        found["report_to"] = Entry("report_to", [*names, "swanlab"], swanlab.place, "use_swanlab")
+        ours["report_to"] = Argument("report_to", [*names, "swanlab"], swanlab.place, "use_swanlab")
 
 
-def _settle_method(given: dict[str, Entry], found: dict[str, Entry], unused: dict[str, str]) -> None:
+def _settle_method(theirs: dict[str, Argument], ours: dict[str, Argument], unused: dict[str, str]) -> None:
     """What `finetuning_type` says: which arguments hold."""
-    entry = given.get("finetuning_type", Entry("finetuning_type", "lora"))
-    method = entry.value
-    adapter, fresh = found.get("adapter_name_or_path"), found.get("create_new_adapter")
-    goes_on = adapter is not None and not (fresh and plain(fresh.value))
+    argument = theirs.get("finetuning_type", Argument("finetuning_type", "lora"))
+    method = argument.value
+    adapter, fresh = ours.get("adapter_name_or_path"), ours.get("create_new_adapter")
+    goes_on = adapter is not None and not (fresh and as_yaml(fresh.value))
     if method != "lora" and adapter:
         raise UsageError(f"{adapter.where} goes with finetuning_type lora, got {method}: merge the adapter first")
-    idle = set() if method == "freeze" else {name for name in found if name.startswith("freeze_")}
+    idle = set() if method == "freeze" else {name for name in ours if name.startswith("freeze_")}
     why = f"finetuning_type is {method}"
     if method == "lora" and not goes_on:
-        found["use_peft"] = Entry("use_peft", True, entry.place, "finetuning_type")
+        ours["use_peft"] = Argument("use_peft", True, argument.place, "finetuning_type")
     else:
-        idle |= {name for name in found if name.startswith("lora_") or name in LORA}
+        idle |= {name for name in ours if name.startswith("lora_") or name in LORA}
         why = "the adapter goes on with its own" if goes_on else why
     for name in sorted(idle):
-        unused[found[name].given_as or name] = why
-        del found[name]
-    if method == "freeze" and "freeze_trainable_layers" not in found:
-        found["freeze_trainable_layers"] = Entry("freeze_trainable_layers", 2, entry.place, "finetuning_type")
+        unused[ours[name].given_as or name] = why
+        del ours[name]
+    if method == "freeze" and "freeze_trainable_layers" not in ours:
+        ours["freeze_trainable_layers"] = Argument("freeze_trainable_layers", 2, argument.place, "finetuning_type")
 
 
-def _add_bco(given: dict[str, Entry], found: dict[str, Entry], unused: dict[str, str]) -> None:
+def _add_bco(theirs: dict[str, Argument], ours: dict[str, Argument], unused: dict[str, str]) -> None:
     """`pref_bco_weight` w: (loss + w bco_pair) / (1 + w)."""
-    entry = given.get("pref_bco_weight")
-    weight = _typed(entry, "float") if entry else 0.0
-    if entry is None or not weight:
+    argument = theirs.get("pref_bco_weight")
+    weight = _typed(argument, "float") if argument else 0.0
+    if argument is None or not weight:
         return
     if weight < 0:
-        raise UsageError(f"{entry.where} should be a number of 0 or more, got {weight}")
-    loss = found["loss_type"].value if "loss_type" in found else "sigmoid"
+        raise UsageError(f"{argument.where} should be a number of 0 or more, got {weight}")
+    loss = ours["loss_type"].value if "loss_type" in ours else "sigmoid"
     losses = loss if isinstance(loss, list) else [loss]
     if set(losses) <= {"orpo", "simpo"}:
         unused["pref_bco_weight"] = f"{losses[0]} has no reference"
         return
-    found["loss_type"] = Entry("loss_type", [*losses, "bco_pair"], entry.place, "pref_loss")
+    ours["loss_type"] = Argument("loss_type", [*losses, "bco_pair"], argument.place, "pref_loss")
     shares = [*[1 / (1 + weight)] * len(losses), weight / (1 + weight)]
-    found["loss_weights"] = Entry("loss_weights", shares, entry.place, "pref_bco_weight")
+    ours["loss_weights"] = Argument("loss_weights", shares, argument.place, "pref_bco_weight")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.train.show import say
+from fastdpo.cli.terminal import say
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.models.load import load_policy
 from fastdpo.models.saved import load_adapter, read_adapter_config
@@ -110,7 +110,7 @@ def quantization_config(option: dict[str, Any], args: DPOConfig) -> BitsAndBytes
 def freeze_layers(model: nn.Module, layers: int, modules: list[str] | None, extra: list[str] | None) -> None:
     """Train only some layers, as LLaMA-Factory's finetuning_type freeze.
 
-    layers: the last so many, negative: the first. modules: parts of a layer by the name of its attribute; None: all.
+    layers: the last N, negative: the first N. modules: parts of a layer by the name of its attribute; None: all.
     extra: modules outside of the layers by the last part of their name.
 
     Raises:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdpo.cli.command import SentenceParser
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train import llama_factory
 from fastdpo.cli.train.arguments import Field
@@ -14,9 +15,9 @@ from fastdpo.cli.train.config_files import OWN_FLAGS, read_config
 from fastdpo.cli.train.fields import FIELDS
 from fastdpo.cli.train.llama_factory import KEYS
 from fastdpo.cli.train.llama_factory_keys import RENAMED
-from fastdpo.cli.train.values import Entry, convert, plain
+from fastdpo.cli.train.values import Argument, as_yaml, convert
 from fastdpo.config.old_names import OLD_NAMES, todays_names
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ DEFAULTS = {field.name: field.default for field in FIELDS}
 SHORT = {"-m": "--model_name_or_path", "-d": "--dataset_name", "-h": "--help"}
 
 # names that other trainers or older releases use for what a field does here: closer than spelling tells
-ELSEWHERE = {
+NAMES_ELSEWHERE = {
     **RENAMED,
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
@@ -39,9 +40,9 @@ ELSEWHERE = {
 }
 
 # what TRL's ModelConfig called what it and this command call otherwise today; DPOConfig's own are in OLD_NAMES
-OLD_HERE = {"streaming": "dataset_streaming", "torch_dtype": "dtype"}
+OLD_COMMAND_NAMES = {"streaming": "dataset_streaming", "torch_dtype": "dtype"}
 # names that are read besides those of the table
-HIDDEN = (OLD_NAMES.keys() | OLD_HERE.keys() | KEYS) - BY_NAME.keys()
+UNLISTED_NAMES = (OLD_NAMES.keys() | OLD_COMMAND_NAMES.keys() | KEYS) - BY_NAME.keys()
 
 
 class Request(NamedTuple):
@@ -58,74 +59,68 @@ def parse(argv: Sequence[str]) -> Request:
 
     Raises UsageError with one sentence that names the argument.
     """
-    found, alone = _build_parser(show_all=False).parse_known_args(_canonical(argv))
+    namespace, alone = _build_parser(show_all=False).parse_known_args(_canonical(argv))
     if alone:
         raise UsageError(f"'{alone[0]}' stands alone: arguments are --name value; a config file is the first word")
-    given = vars(found)
-    config = given["config"]
-    entries = read_config(Path(config)) if config is not None else []
-    entries += [Entry(name, value) for name, value in given.items() if name not in OWN_FLAGS]
-    foreign = llama_factory.is_one(entries)
+    on_command_line = vars(namespace)
+    config = namespace.config
+    arguments = read_config(Path(config)) if config is not None else []
+    arguments += [Argument(name, value) for name, value in on_command_line.items() if name not in OWN_FLAGS]
+    foreign = llama_factory.is_one(arguments)
     if foreign:
-        entries = llama_factory.translate(entries, str(config or "the command line"))
-    for entry in entries:
-        if entry.name not in BY_NAME and entry.name not in OLD_NAMES and entry.name not in OLD_HERE:
-            raise UsageError(_unknown(entry.name, entry.place))
+        arguments = llama_factory.translate(arguments, str(config or "the command line"))
+    for argument in arguments:
+        if argument.name not in BY_NAME and argument.name not in OLD_NAMES and argument.name not in OLD_COMMAND_NAMES:
+            raise UsageError(_unknown(argument.name, argument.place))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for entry in _todays(entries):
-        values[entry.name] = convert(entry.value, BY_NAME[entry.name], entry.where)
-        sources[entry.name] = entry.where
+    for argument in _todays(arguments):
+        values[argument.name] = convert(argument.value, BY_NAME[argument.name], argument.where)
+        sources[argument.name] = argument.where
     if foreign:
         llama_factory.add_defaults(values)
-    return Request(values, sources, demo=given["demo"], config=config)
+    return Request(values, sources, demo=namespace.demo, config=config)
 
 
-def _todays(entries: list[Entry]) -> Iterator[Entry]:
+def _todays(arguments: list[Argument]) -> Iterator[Argument]:
     """The file's, then the command line's, under today's names."""
-    for source in ([e for e in entries if e.place], [e for e in entries if not e.place]):
-        named = {entry.name: entry for entry in source if entry.name in BY_NAME}
+    for in_file in (True, False):
+        source = [argument for argument in arguments if bool(argument.place) == in_file]
+        named = {argument.name: argument for argument in source if argument.name in BY_NAME}
         yield from named.values()
-        for entry in source:
-            if entry.name in named:
+        for argument in source:
+            if argument.name in named:
                 continue
-            if entry.name in OLD_HERE:
-                today = OLD_HERE[entry.name]
+            if argument.name in OLD_COMMAND_NAMES:
+                today = OLD_COMMAND_NAMES[argument.name]
                 says = "which is given too and goes first" if today in named else "taken as that"
-                logger.warning(f"{entry.name} is {today} today; {says}.")
+                logger.warning(f"{argument.name} is {today} today; {says}.")
                 if today not in named:
-                    yield entry._replace(name=today, given_as=entry.name)
+                    yield argument._replace(name=today, given_as=argument.name)
                 continue
-            todays = {name: convert(other.value, BY_NAME[name], other.where) for name, other in named.items()}
+            values = {name: convert(other.value, BY_NAME[name], other.where) for name, other in named.items()}
+            old = {argument.name: as_yaml(argument.value)}
             try:
-                found = todays_names({**todays, entry.name: plain(entry.value)}, BY_NAME, "fastdpo train")
+                renamed = todays_names({**values, **old}, BY_NAME, "fastdpo train")
             except ValueError as error:
-                raise UsageError(f"{entry.place}: {error}" if entry.place else str(error)) from error
-            for name, value in found.items():
-                if name not in todays or value is not todays[name]:
-                    yield Entry(name, value, entry.place, entry.name)
+                raise UsageError(f"{argument.place}: {error}" if argument.place else str(error)) from error
+            for name, value in renamed.items():
+                if name not in values or value is not values[name]:
+                    yield Argument(name, value, argument.place, argument.name)
 
 
 def help_text(show_all: bool) -> str:
     return _build_parser(show_all).format_help()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message.removeprefix("argument "))
-
-
-def _build_parser(show_all: bool) -> _Parser:
-    parser = _Parser(
+def _build_parser(show_all: bool) -> SentenceParser:
+    parser = SentenceParser(
         prog="fastdpo train",
         usage="fastdpo train -m MODEL -d DATA [arguments]\n       fastdpo train --config FILE [arguments]\n"
         "       fastdpo train --demo",
         description="Train a model on preference pairs with DPO.\n"
         "Arguments are --name value, --name=value or name=value.",
         epilog=None if show_all else "Every argument, with all that TrainingArguments has: fastdpo train --help-all",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        add_help=False,
-        allow_abbrev=False,
     )
     command = parser.add_argument_group("command")
     command.add_argument(
@@ -138,7 +133,7 @@ def _build_parser(show_all: bool) -> _Parser:
     command.add_argument("-h", "--help", action="store_true", help="the main arguments")
     command.add_argument("--help_all", action="store_true", help="every argument")
     # understood, and not shown
-    for name in sorted(HIDDEN):
+    for name in sorted(UNLISTED_NAMES):
         command.add_argument(f"--{name}", default=argparse.SUPPRESS, nargs="?", const="true", help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     short = {name: flag for flag, name in SHORT.items()}
@@ -197,7 +192,7 @@ def _canonical(argv: Sequence[str]) -> list[str]:
         positive = BY_NAME.get(name.removeprefix("no_"))
         if field is None and name.startswith("no_") and positive and "bool" in positive.type and not equals:
             name, equals, value, field = positive.name, "=", "false", positive
-        if field is None and name not in OWN_FLAGS and name not in HIDDEN:
+        if field is None and name not in OWN_FLAGS and name not in UNLISTED_NAMES:
             raise UsageError(_unknown(name, ""))
         tokens += [f"--{name}={value}" if equals else f"--{name}"]
         takes_value = not equals and (name == "config" or (field is not None and "bool" not in field.type.split(" | ")))
@@ -205,7 +200,7 @@ def _canonical(argv: Sequence[str]) -> list[str]:
 
 
 def _unknown(name: str, place: str) -> str:
-    if name in KEYS and name not in ELSEWHERE:
+    if name in KEYS and name not in NAMES_ELSEWHERE:
         hint = f" outside a LLaMA-Factory configuration, which has {'stage: dpo' if place else 'stage=dpo'}"
     else:
         hint = _suggestion(name, "" if place else "--")
@@ -213,7 +208,7 @@ def _unknown(name: str, place: str) -> str:
 
 
 def _suggestion(name: str, prefix: str = "") -> str:
-    if name in ELSEWHERE:
-        return f": here it is '{prefix}{ELSEWHERE[name]}'"
-    close = closest(name, [*BY_NAME, *OWN_FLAGS])
-    return f": did you mean '{prefix}{close}'?" if close else " (see fastdpo train --help-all)"
+    if name in NAMES_ELSEWHERE:
+        return f": here it is '{prefix}{NAMES_ELSEWHERE[name]}'"
+    hint = did_you_mean(name, [*BY_NAME, *OWN_FLAGS], prefix=prefix)
+    return f": {hint}" if hint else " (see fastdpo train --help-all)"

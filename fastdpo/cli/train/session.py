@@ -1,8 +1,5 @@
 """One training run of the command: the trainer with its report, what it says, what it leaves behind."""
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +7,12 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from fastdpo.cli.errors import TrainingFailed
+from fastdpo.cli.example_pair import example_pair
+from fastdpo.cli.terminal import say
 from fastdpo.cli.train.data import dataset_names
 from fastdpo.cli.train.models import freeze_layers, load_models
 from fastdpo.cli.train.parsing import DEFAULTS
-from fastdpo.cli.train.show import LogLines, ProgressBar, command_text, example_pair, result_text, say
+from fastdpo.cli.train.show import LogLines, ProgressBar, command_text, result_text
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.errors import DataError
 from fastdpo.files import DiskError
@@ -24,24 +23,19 @@ from fastdpo.training.checkpoints.stop_signals import Preempted
 from fastdpo.training.trainer import DPOTrainer
 
 # what summary.json says of a model where it is asked for
-ADDED = (
+MODEL_DETAILS = (
     *("adapter_name_or_path", "create_new_adapter", "load_in_4bit", "load_in_8bit", "ref_model", "ref_adapters"),
     *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
 )
 # and of the data
-TAKEN = ("datasets", "dataset_config", "dataset_train_split", "data_scale_rate", "max_samples", "test_split_size")
-
-
-@contextlib.contextmanager
-def _said_already(name: str) -> Iterator[None]:
-    """Hold back the warnings of one logger."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+DATA_DETAILS = (
+    "datasets",
+    "dataset_config",
+    "dataset_train_split",
+    "data_scale_rate",
+    "max_samples",
+    "test_split_size",
+)
 
 
 class Session:
@@ -61,23 +55,22 @@ class Session:
     ) -> None:
         self.args, self.option, self.tokenizer = args, option, tokenizer
         self.adapter = bool(option["use_peft"] or option["adapter_name_or_path"])  # that is what is trained and saved
-        self.given = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
+        self.pairs_read = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
         resume = args.resume_from_checkpoint
         if isinstance(resume, str) and not (args.deepspeed or args.fsdp):
             # a broken checkpoint is named before the model loads
             resolve_resume(resume, str(args.output_dir), adapter=self.adapter)
         models = load_models(option, args, peft_config)
-        with _said_already("fastdpo.data.formats"):  # the trainer looks at the rows again
-            self.trainer = DPOTrainer(
-                models.policy,
-                models.reference,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                quantization_config=models.quantization_config,
-                peft_config=models.peft_config,
-            )
+        self.trainer = DPOTrainer(
+            models.policy,
+            models.reference,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=models.quantization_config,
+            peft_config=models.peft_config,
+        )
         if option["freeze_trainable_layers"] is not None:
             freeze = (option[f"freeze_{what}"] for what in ("trainable_layers", "trainable_modules", "extra_modules"))
             freeze_layers(cast(Any, self.trainer.model), *freeze)
@@ -154,12 +147,12 @@ class Session:
         option = self.option
         model: dict[str, Any] = {"name_or_path": self._model_name(), "revision": option["model_revision"]}
         model["trained_as"] = "lora" if self.adapter else "full"
-        model |= {name: option[name] for name in ADDED if option[name]}
+        model |= {name: option[name] for name in MODEL_DETAILS if option[name]}
         if option["use_peft"]:
             names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
             model |= {name: option[name] for name in names}
         data: dict[str, Any] = {"name": ", ".join(dataset_names(option)), "eval_name": option["eval_dataset_name"]}
-        data |= {name: option[name] for name in TAKEN if option[name] != DEFAULTS[name]}
-        data["pairs_read"] = self.given
+        data |= {name: option[name] for name in DATA_DETAILS if option[name] != DEFAULTS[name]}
+        data["pairs_read"] = self.pairs_read
         data["tokenized"] = {name: report.as_dict() for name, report in self.trainer.tokenize_reports.items()}
         return {"model": model, "data": data}

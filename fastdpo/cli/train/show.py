@@ -1,20 +1,14 @@
-"""What a run shows: progress lines and one example pair on stderr, the result on stdout."""
+"""What a run shows: progress lines on stderr, the result on stdout."""
 
-import contextlib
 import json
 import math
 import shlex
-import sys
-from dataclasses import replace
 from typing import Any
 
-import datasets
-import torch
-import transformers
 from transformers import ProgressCallback, TrainerCallback
 
+from fastdpo.cli.terminal import say
 from fastdpo.cli.train.fields import FIELDS
-from fastdpo.escaping import visible
 from fastdpo.training.report.metric_files import FILES as METRIC_FILES
 from fastdpo.training.report.metric_files import FOLDER, metric_rows
 
@@ -27,28 +21,6 @@ _LINE = {
     "tokens_per_second": ("tokens/s", "{:.0f}"),
     "learning_rate": ("lr", "{:.2g}"),
 }
-
-
-def say(text: str) -> None:
-    """One line of the log: stderr, without breaking a progress bar."""
-    from tqdm.auto import tqdm
-
-    with contextlib.suppress(OSError):  # a terminal that was closed ends no run
-        tqdm.write(visible(text), file=sys.stderr)
-
-
-def no_bars_without_terminal() -> bool:
-    """Progress bars are noise in a log file: switch the libraries' off where stderr is no terminal; True if so."""
-    if sys.stderr.isatty():
-        return False
-    hide_bars()
-    return True
-
-
-def hide_bars() -> None:
-    """Switch the libraries' progress bars off."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 class ProgressBar(ProgressCallback):
@@ -72,47 +44,6 @@ class LogLines(TrainerCallback):
                     if isinstance(logs.get(prefix + name), (int, float))
                 ]
                 say(f"{what} {state.global_step}/{state.max_steps}  " + "  ".join(parts))
-
-
-def example_pair(tokenizer: Any, collator: Any, example: dict[str, Any], limit: int = 400) -> str:
-    """The example as it is trained on: decoded after truncation, the scored tokens between >>> and <<<."""
-    batch = replace(collator, layout="padded")([example])
-    offsets = batch["offsets"].tolist()
-    lines = []
-    for sequence, side in enumerate(("chosen", "rejected")):
-        start, end = offsets[sequence], offsets[sequence + 1]
-        ids = batch["input_ids"][sequence][batch["attention_mask"][sequence].bool()]
-        scored = batch["targets"][start:end]
-        # a target's row is the position before it
-        places = batch["rows"][start:end] + 1 - sequence * batch["input_ids"].shape[1]
-        first = int(places[0]) if len(places) else len(ids)
-        if sequence == 0:
-            lines.append(f"  prompt    {_count(ids[:first])}: {_shorten(tokenizer.decode(ids[:first]), limit)}")
-        lines.append(f"  {side:<9} {_count(scored)} scored: {_marked(tokenizer, ids, places, limit)}")
-    return "\n".join(lines)
-
-
-def _marked(tokenizer: Any, ids: Any, places: Any, limit: int) -> str:
-    """The text from the first scored token on; each run of scored tokens (scored_turns=all has several) is marked."""
-    scored = torch.zeros(len(ids), dtype=torch.bool)
-    scored[places] = True
-    texts, begin = [], int(places[0]) if len(places) else len(ids)
-    while begin < len(ids):
-        run = int((scored[begin:] == scored[begin]).long().cumprod(0).sum())
-        text = _shorten(tokenizer.decode(ids[begin : begin + run]), limit)
-        texts.append(f">>>{text}<<<" if scored[begin] else text)
-        begin += run
-    return "".join(texts) or ">>><<<"
-
-
-def _count(tokens: Any) -> str:
-    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
-
-
-def _shorten(text: str, limit: int) -> str:
-    text = text.replace("\n", "\\n")
-    half = limit // 2
-    return text if len(text) <= limit else f"{text[:half]} [... {len(text) - limit} characters ...] {text[-half:]}"
 
 
 def command_text(option: dict[str, Any]) -> str:
@@ -144,9 +75,9 @@ def result_text(state: Any, output_dir: str, pairs: int, saved: str, with_metric
     evals = [row for row in rows if "eval_loss" in row]
     run = next((record for record in reversed(state.log_history) if "train_runtime" in record), {})
     lines = [f"trained to step {state.global_step} on {pairs} pairs in {run.get('train_runtime', math.nan):.0f} s"]
-    for what, prefix, found in (("train", "", train), ("held out", "eval_", evals)):
-        if found:
-            first, last = found[0], found[-1]
+    for what, prefix, rows in (("train", "", train), ("held out", "eval_", evals)):
+        if rows:
+            first, last = rows[0], rows[-1]
             when = f"step {last['step']}" if first is last else f"step {first['step']} -> {last['step']}"
             changes = (_change(first, last, prefix + name, *form) for name, form in _CHANGES.items())
             lines.append(f"{what}, {when}: {', '.join(changes)}")

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train.arguments import Field
 from fastdpo.json_text import parse_json
-from fastdpo.wording import closest
+from fastdpo.wording import did_you_mean
 
-TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-WANTED = {
+TRUTH_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+KINDS = {
     "bool": "true or false",
     "int": "a whole number (int)",
     "float": "a number (float)",
@@ -19,7 +19,7 @@ WANTED = {
 }
 
 
-class Entry(NamedTuple):
+class Argument(NamedTuple):
     """One argument as it was given: `place` is "FILE:LINE", or "" on the command line."""
 
     name: str
@@ -34,12 +34,12 @@ class Entry(NamedTuple):
         return f"{self.place}: {name}" if self.place else f"--{name}"
 
 
-def plain(value: Any) -> Any:
+def as_yaml(value: Any) -> Any:
     """What a word on the command line is in YAML: true, false or nothing."""
     word = value.lower() if isinstance(value, str) else None
     if word in ("none", "null"):
         return None
-    return TRUTH[word] if word in ("true", "yes", "on", "false", "no", "off") else value
+    return TRUTH_WORDS[word] if word in ("true", "yes", "on", "false", "no", "off") else value
 
 
 def convert(value: Any, field: Field, where: str) -> Any:
@@ -65,12 +65,12 @@ def convert(value: Any, field: Field, where: str) -> Any:
             continue
         for name in result if isinstance(result, list) else [result]:
             if field.choices and isinstance(name, str) and name not in field.choices:
-                close = closest(name, field.choices)
-                hint = f"; did you mean '{close}'?" if close else ""
-                raise UsageError(f"{where} should be one of {', '.join(field.choices)}, got '{name}'{hint}")
+                hint = did_you_mean(name, field.choices)
+                says = f"{where} should be one of {', '.join(field.choices)}, got '{name}'"
+                raise UsageError(f"{says}; {hint}" if hint else says)
         return result
-    wanted = " or ".join(_wanted(kind) for kind in kinds if kind != "None" or len(kinds) == 1)
-    raise UsageError(f"{where} should be {wanted}, got {_shown(value)}")
+    expected = " or ".join(_kind_name(kind) for kind in kinds if kind != "None" or len(kinds) == 1)
+    raise UsageError(f"{where} should be {expected}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:
@@ -78,8 +78,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _wanted(kind: str) -> str:
-    return f"a list ({kind})" if kind.startswith("list") else WANTED[kind]
+def _kind_name(kind: str) -> str:
+    return f"a list ({kind})" if kind.startswith("list") else KINDS[kind]
 
 
 def _as_kind(value: Any, kind: str, field: Field) -> Any:
@@ -90,8 +90,8 @@ def _as_kind(value: Any, kind: str, field: Field) -> Any:
         return None
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind == "bool" and word in TRUTH:
-        return TRUTH[word]
+    if kind == "bool" and word in TRUTH_WORDS:
+        return TRUTH_WORDS[word]
     if kind in ("int", "float") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         number = float(value)
         if kind == "float":

@@ -45,14 +45,14 @@ class Prompt(NamedTuple):
 
 def facts() -> list[list[Prompt]]:
     """Every fact of every topic, each as the list of prompts that ask for it."""
-    found = []
+    prompts = []
     for topic in TOPICS:
         for values in topic.facts:
             slots = dict(zip(topic.slots, values, strict=True))
             statement, why = topic.statement.format(**slots), topic.why.format(**slots)
             asked = [_capital(question.format(**slots)) for question in topic.questions]
-            found.append([Prompt(question, statement, slots["y"], why) for question in asked])
-    return found
+            prompts.append([Prompt(question, statement, slots["y"], why) for question in asked])
+    return prompts
 
 
 def split() -> tuple[list[Prompt], list[Prompt]]:

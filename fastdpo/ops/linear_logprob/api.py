@@ -1,18 +1,18 @@
 """Log-probabilities of chosen tokens from hidden states and the head's weight, without the logits.
 
-`linear_logprob` is the operation; `linear_logprob_stats` adds statistics of each token's distribution. Both
-check their arguments (arguments.py), prepare one call of the operator (prepare.py, plan.py) and run it (operator.py),
-tile by tile (forward.py).
+`linear_logprob` is the operation; `linear_logprob_stats` adds statistics of each token's distribution. Both check their
+arguments (arguments.py), prepare one call of the operator (prepare.py, settings.py) and run it (operator.py), tile by
+tile (forward.py).
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdpo.ops.linear_logprob.operator import STATS
 from fastdpo.ops.linear_logprob.plan import Plan
-from fastdpo.ops.linear_logprob.prepare import Call
+from fastdpo.ops.linear_logprob.prepare import PreparedCall, copies_when_flat
+from fastdpo.ops.linear_logprob.settings import STATS
 
 
 class TokenStats(NamedTuple):
@@ -124,41 +124,54 @@ def linear_logprob_stats(
     unknown = sorted(set(stats) - set(STATS))
     if unknown:
         raise ValueError(f"stats: unknown name {unknown[0]!r}; choose from {', '.join(STATS)}.")
-    call = Call.of(
+    call = PreparedCall.of(
         hidden,
         weight,
         labels,
-        bias,
-        rows,
-        temperature,
-        logit_scale,
-        softcap,
-        ignore_index,
-        shift,
-        stats,
-        entropy_grad,
-        lora,
+        bias=bias,
+        rows=rows,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        shift=shift,
+        lora=lora,
+        stats=stats,
+        entropy_grad=entropy_grad,
     )
-    found = call.run(hidden, weight, bias, lora)
-    return TokenStats(**{name: call.spread(x, labels) for name, x in found.items()})
+    return TokenStats(**{name: call.scatter_back(result, labels) for name, result in call.run().items()})
 
 
-def linear_logprob_plan(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Plan:
-    """The path, tile, FLOPs and peak bytes that `linear_logprob(hidden, weight, labels, **options)` would take."""
-    defaults: dict[str, Any] = {
-        "bias": None,
-        "rows": None,
-        "temperature": 1.0,
-        "logit_scale": 1.0,
-        "softcap": None,
-        "ignore_index": -100,
-        "shift": False,
-        "stats": (),
-        "entropy_grad": True,
-        "lora": None,
-    }
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        raise TypeError(f"linear_logprob_plan: unknown option {unknown[0]!r}; choose from {', '.join(defaults)}.")
-    values = {**defaults, **options}
-    return Call.of(hidden, weight, labels, *values.values()).plan(hidden, weight, values["lora"])
+def linear_logprob_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    lora: tuple[Tensor, Tensor] | None = None,
+    stats: Collection[str] = (),
+    entropy_grad: bool = True,
+) -> Plan:
+    """The path, tile, FLOPs and peak bytes that `linear_logprob_stats` would take with these arguments."""
+    call = PreparedCall.of(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        rows=rows,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        shift=shift,
+        lora=lora,
+        stats=stats,
+        entropy_grad=entropy_grad,
+    )
+    return call.plan(flattened=copies_when_flat(hidden))

@@ -1,15 +1,13 @@
-"""Checks of the op's arguments at the door: one sentence with what came, what was wanted and the fix."""
+"""Checks of the op's arguments: one sentence with what came, what is needed and the fix."""
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.custom_op import reads_are_free
-from fastdpo.ops.linear_logprob.tensor_kinds import check_tensors
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastdpo.ops.switches import checks_wait
+from fastdpo.ops.tensor_kinds import DTYPES, check_tensors
 
 
 def check_arguments(
@@ -92,8 +90,8 @@ def check_lora(hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor], comp
     u, b = lora
     check_tensors(what, **{"s * A h": u, "B": b})
     if b.dim() != 2 or u.dim() < 1 or u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
-        wanted = f"({', '.join(str(size) for size in (*hidden.shape[:-1], 'r'))}) and ({len(weight)}, r)"
-        raise ValueError(f"{what} must be of shapes {wanted}, got {tuple(u.shape)} and {tuple(b.shape)}.")
+        shapes = f"({', '.join(str(size) for size in (*hidden.shape[:-1], 'r'))}) and ({len(weight)}, r)"
+        raise ValueError(f"{what} must be of shapes {shapes}, got {tuple(u.shape)} and {tuple(b.shape)}.")
     if b.shape[1] == 0:
         raise ValueError(f"{what} has rank 0; leave it out.")
     for name, tensor in (("s * A h", u), ("B", b)):
@@ -127,8 +125,8 @@ def _check_ranges(
     what: str, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
 ) -> None:
     # reading values of a CUDA tensor waits for the device: only on request
-    asked_for = os.environ.get("FASTDPO_CHECK") == "1" and not torch.compiler.is_compiling()
-    if not (asked_for or reads_are_free(labels)) or labels.numel() == 0:
+    on_request = checks_wait() and not torch.compiler.is_compiling()
+    if not (on_request or reads_are_free(labels)) or labels.numel() == 0:
         return
     bad = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
     if bool(bad.any()):

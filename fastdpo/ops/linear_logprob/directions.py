@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.gemm import mm_sum
-from fastdpo.ops.linear_logprob.tiles import Logits, RowState, TileOps, curve_of
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, RowState, TileOps
+from fastdpo.ops.linear_logprob.torch_tiles import curve_of
 
 
 class Directions:
-    """d logp / dx / q and, where wanted, d entropy / dx / q, of the operand x (n, k) beside `matrix` (V, k).
+    """d logp / dx / q and, with two `kinds`, d entropy / dx / q, of the operand x (n, k) beside `matrix` (V, k).
 
     Attributes:
-        found: one or two tensors (n, k) in `dtype`, complete after every block of rows was finished.
+        results: one or two tensors (n, k) in `dtype`, complete after every block of rows was finished.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Directions:
     ) -> None:
         device, k = matrix.device, matrix.shape[1]
         self.matrix, self.compute, self.acc = matrix, compute, acc
-        self.found = [torch.empty((n, k), dtype=dtype, device=device) for _ in range(kinds)]
+        self.results = [torch.empty((n, k), dtype=dtype, device=device) for _ in range(kinds)]
         self.sums = [torch.empty((rows, k), dtype=acc, device=device) for _ in range(kinds)]
 
     def add(self, tiles: TileOps, e: Tensor, z: Tensor, columns: slice, wide: Tensor, state: RowState) -> None:
@@ -44,24 +45,24 @@ class Directions:
             tiles.rescale(a, state.ratio)
         mm_sum(a, e, wide, stored, self.compute, add=not first)
 
-    def finish(self, block: slice, state: RowState, base: Tensor, label: Tensor, how: Logits) -> None:
+    def finish(self, block: slice, state: RowState, base: Tensor, label: Tensor, spec: LogitSpec) -> None:
         """Turns the sums of a block of rows into directions; `base` (n,) is what their exponentials are relative to."""
         # no column but the target's: A is 0, and so is the gradient
         s = torch.where(state.s > 0, state.s, 1.0)
         relative = s if base is state.m else s * torch.exp(state.m - base)
         target = self.matrix.index_select(0, label.clamp(min=0)).to(self.compute).to(self.acc)
-        if how.softcap:
-            target.mul_(curve_of(state.zy.clone(), how)[:, None])
+        if spec.softcap:
+            target.mul_(curve_of(state.zy.clone(), spec)[:, None])
         a = self.sums[0][: len(label)]
         if len(self.sums) > 1:
             # z_y - E = q (z_y - E_rest) took q out of the target's term
             assert state.t is not None
-            b, rest = self.sums[1][: len(label)], state.t / s
-            gap = torch.where(state.s > 0, state.zy - state.m, 0.0) - rest
+            b, mean_rest = self.sums[1][: len(label)], state.t / s
+            above_rest = torch.where(state.s > 0, state.zy - state.m, 0.0) - mean_rest
             p = torch.sigmoid(state.zy - state.m - s.log())
-            pull = torch.where(p == 0, 0.0, p * gap)  # gap is -inf for a target that cannot occur
-            b.addcmul_(a, (rest + pull)[:, None], value=-1).div_(s[:, None])
-            b.addcmul_(target, pull[:, None]).mul_(-how.slope)
-            self.found[1][block] = b
-        a.div_(relative[:, None]).sub_(target).mul_(-how.slope)
-        self.found[0][block] = a
+            share = torch.where(p == 0, 0.0, p * above_rest)  # -inf above the rest is a target that cannot occur
+            b.addcmul_(a, (mean_rest + share)[:, None], value=-1).div_(s[:, None])
+            b.addcmul_(target, share[:, None]).mul_(-spec.slope)
+            self.results[1][block] = b
+        a.div_(relative[:, None]).sub_(target).mul_(-spec.slope)
+        self.results[0][block] = a

@@ -1,4 +1,4 @@
-"""Per-token log-probs and their gradients, tile by tile: the algorithm, with the tile work in plain torch.
+"""Per-token log-probs and the directions of their gradients, tile by tile: the algorithm.
 
 For a block of rows and each block c of vocabulary columns, y being the row's target:
 
@@ -18,7 +18,6 @@ A `TileOps` (tiles.py) is what touches a tile, in torch or in Triton. The loops,
 are shared, and here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,15 +26,17 @@ from torch import Tensor
 
 from fastdpo.ops.gemm import mm_into, rounds_in_gemm, widen
 from fastdpo.ops.linear_logprob.directions import Directions
-from fastdpo.ops.linear_logprob.plan import MAX_ROWS, Needs, Plan, aligned
-from fastdpo.ops.linear_logprob.tiles import NEG, Logits, RowState, TileOps, softplus
+from fastdpo.ops.linear_logprob.operands import HeadOperands, TokenOperands
+from fastdpo.ops.linear_logprob.plan import Needs, Plan, aligned
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, RowState, TileOps
+from fastdpo.ops.numerics import NEG, blocks, softplus
 
 if TYPE_CHECKING:
     from fastdpo.ops.linear_logprob.fused_tiles import FusedRows
 
 
 @dataclass
-class Saved:
+class SavedForBackward:
     """What forward leaves for backward, besides the arguments."""
 
     q: Tensor  # (N,) 1 - p_y
@@ -52,107 +53,21 @@ class Saved:
     anchor: Tensor | None = None  # (0,) frozen head: joins a gradient to the graph, whose second derivative refuses
 
 
-def blocks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-@dataclass(frozen=True)
-class Head:
-    """The arguments that are not the hidden states: weight (V, H), bias (V,), and the dtypes of the work.
-
-    `lora` (V, r) is B of a LoRA on the head; its product is made in `lora_compute`, which may be wider.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    compute: torch.dtype
-    acc: torch.dtype
-    lora: Tensor | None = None
-    lora_compute: torch.dtype = torch.float32
-
-    def space(self, columns: int, wide: bool = True) -> Tensor | None:
-        """Memory for `block`'s copy of the weight, where it makes one; not `wide`: in the compute dtype everywhere."""
-        device = self.weight.device
-        dtype = self.acc if wide and device.type != "cuda" else self.compute
-        if self.weight.dtype == self.compute == dtype:
-            return None
-        return torch.empty((columns, self.weight.shape[1]), dtype=dtype, device=device)
-
-    def block(self, columns: slice, space: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight (c, H) as an operand, and the bias (c,), of some columns of the logits."""
-        weight = self.weight[columns]
-        if space is not None:
-            weight = space[: len(weight)].copy_(weight if space.dtype == self.compute else weight.to(self.compute))
-        return weight, None if self.bias is None else self.bias[columns].to(self.acc).contiguous()
-
-    def lora_block(self, columns: slice, wide: bool = True) -> Tensor | None:
-        """The same columns (c, r) of the LoRA's B."""
-        return None if self.lora is None else _operand(self.lora[columns], self.lora_compute, self.acc, wide)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The scored tokens: hidden (R, H), labels (N,) int64, and rows (N,), each label's row of hidden, or None.
-
-    With `ignored`, negative labels are among them: they score 0, and nothing of their hidden states shows. `lora`
-    (R, r) is u = s A h of a LoRA on the head.
-    """
-
-    hidden: Tensor
-    labels: Tensor
-    rows: Tensor | None
-    ignored: bool = False
-    lora: Tensor | None = None
-
-    def operand(self, block: slice, head: Head, wide: bool = True) -> Tensor:
-        """Some tokens' hidden states as an operand; not `wide`: in the compute dtype everywhere."""
-        return _operand(self.rounded(self.hidden, block, head.compute), head.compute, head.acc, wide)
-
-    def lora_operand(self, block: slice, head: Head, wide: bool = True) -> Tensor | None:
-        """The same tokens' rows of the LoRA's u."""
-        if self.lora is None:
-            return None
-        return _operand(self.pick(self.lora, block), head.lora_compute, head.acc, wide)
-
-    def pick(self, x: Tensor, block: slice) -> Tensor:
-        """Some tokens' rows of `x` (R, k)."""
-        chosen = x[block] if self.rows is None else x.index_select(0, self.rows[block])
-        if self.ignored:
-            # a masked-out position may hold NaN, and 0 * NaN is none of ours
-            out = (self.labels[block] < 0)[:, None]
-            chosen = chosen.masked_fill(out, 0.0) if self.rows is None else chosen.masked_fill_(out, 0.0)
-        return chosen
-
-    def rounded(self, x: Tensor, block: slice, dtype: torch.dtype) -> Tensor:
-        """`pick` in another dtype: where rows are many, the copy in x's own dtype exists for some of them at a time."""
-        n = block.stop - block.start
-        if x.dtype == dtype or n <= MAX_ROWS:
-            return self.pick(x, block).to(dtype)
-        found = torch.empty((n, x.shape[1]), dtype=dtype, device=x.device)
-        for part in blocks(n, MAX_ROWS):
-            found[part] = self.pick(x, slice(block.start + part.start, block.start + part.stop))
-        return found
-
-
-def _operand(x: Tensor, compute: torch.dtype, acc: torch.dtype, wide: bool) -> Tensor:
-    return widen(x, compute, acc) if wide else x.to(compute)
-
-
 def forward(
     tiles: TileOps,
-    tokens: Tokens,
-    head: Head,
-    how: Logits,
+    tokens: TokenOperands,
+    head: HeadOperands,
+    spec: LogitSpec,
     plan: Plan,
     needs: Needs,
-) -> tuple[dict[str, Tensor], Saved]:
+) -> tuple[dict[str, Tensor], SavedForBackward]:
     """Log-probs and statistics, each (N,) in accumulator precision, and what backward needs."""
     labels, v = tokens.labels, len(head.weight)
     n, device, acc = len(labels), tokens.hidden.device, head.acc
-    whole = RowState.empty(n, acc, device, how.stats)
-    z_space, e_space = _tile_space(tiles, head, how, plan, device)
-    directions = _wanted_directions(n, head, plan, needs)
+    whole = RowState.empty(n, acc, device, spec.stats)
+    z_space, e_space = _tile_space(tiles, head, spec, plan, device)
+    of_hidden, of_lora = _directions(n, head, plan, needs)
+    directions = [x for x in (of_hidden, of_lora) if x is not None]
     kept = bases = None
     if plan.path == "kept":
         kept = torch.empty((-(-v // plan.cols), n, plan.cols), dtype=head.compute, device=device)
@@ -162,61 +77,58 @@ def forward(
     w_space = head.space(plan.cols, wide)
     for block in blocks(n, plan.rows):
         size = block.stop - block.start
-        operand, lora = tokens.operand(block, head, wide), tokens.lora_operand(block, head, wide)
+        operand, lora_u = tokens.operand(block, head, wide), tokens.lora_operand(block, head, wide)
         state, label = whole.part(block), labels[block]
-        fused = _fused_rows(operand, lora, v, state, how) if plan.fused else None
+        fused = _fused_rows(operand, lora_u, v, state, spec) if plan.fused else None
         for index, columns in enumerate(blocks(v, plan.cols)):
             width = columns.stop - columns.start
             weight, bias = head.block(columns, w_space)
-            lora_weight = head.lora_block(columns, wide)
+            lora_b = head.lora_block(columns, wide)
             z, e = z_space[:size, :width], e_space[:size, :width]
             if fused is not None:
                 e = e if kept is None else kept[index, block, :width]
-                fused.fold(weight, label, bias, columns.start, None if plan.path == "stats" else e, lora_weight)
+                fused.fold(weight, label, bias, columns.start, None if plan.path == "stats" else e, lora_b)
                 if bases is not None:
                     bases[index, block] = fused.offset
             else:
-                products(z, operand, weight, lora, lora_weight, head)
-                tiles.fold(z, e, label - columns.start, bias, state, how, write=plan.path != "stats")
+                products(z, operand, weight, lora_u, lora_b, head)
+                tiles.fold(z, e, label - columns.start, bias, state, spec, write=plan.path != "stats")
                 if kept is not None and bases is not None:
                     kept[index, block, :width] = e
                     bases[index, block] = torch.where(state.m > NEG / 2, state.m, 0.0)
                     if rounds_in_gemm(device, head.compute, head.compute):
                         e = kept[index, block, :width]  # the next product would round it to the same
-            for wanted in directions:
-                if wanted is None:
-                    continue
-                rows_of = weight if wanted.matrix is head.weight else widen(wanted.matrix[columns], head.compute, acc)
-                wanted.add(tiles, e, z, columns, rows_of, state)
+            for direction in directions:
+                matrix = direction.matrix
+                rows_of = weight if matrix is head.weight else widen(matrix[columns], head.compute, acc)
+                direction.add(tiles, e, z, columns, rows_of, state)
         if fused is not None:
             fused.finish()
-        for wanted in directions:
-            if wanted is not None:
-                wanted.finish(block, state, state.m if fused is None else fused.offset, label, how)
+        for direction in directions:
+            direction.finish(block, state, state.m if fused is None else fused.offset, label, spec)
         del operand
 
-    results = _finish(whole, how, v)
+    results = _finish(whole, spec, v)
     q = results.pop("q")
-    found = [(*(wanted.found if wanted else ()), None, None)[:2] for wanted in directions]
-    saved = Saved(q, *found[0], *found[1])
+    saved = SavedForBackward(q, *_both(of_hidden), *_both(of_lora))
     if plan.path in ("kept", "recompute"):
         saved.m, saved.s = whole.m, whole.s
-        saved.zy = whole.zy if how.softcap else None
+        saved.zy = whole.zy if spec.softcap else None
         saved.kept, saved.bases = kept, bases
         saved.entropy = results.get("entropy") if needs.entropy else None
     return results, saved
 
 
 def products(
-    z: Tensor, operand: Tensor, weight: Tensor, lora: Tensor | None, lora_weight: Tensor | None, head: Head
+    z: Tensor, operand: Tensor, weight: Tensor, lora_u: Tensor | None, lora_b: Tensor | None, head: HeadOperands
 ) -> None:
     """z (n, c) = operand @ weight^T, and the LoRA's product on top."""
     mm_into(z, operand, weight.t(), head.compute)
-    if lora is not None and lora_weight is not None:
-        mm_into(z, lora, lora_weight.t(), head.lora_compute, add=True)
+    if lora_u is not None and lora_b is not None:
+        mm_into(z, lora_u, lora_b.t(), head.lora_compute, add=True)
 
 
-def _wanted_directions(n: int, head: Head, plan: Plan, needs: Needs) -> tuple[Directions | None, Directions | None]:
+def _directions(n: int, head: HeadOperands, plan: Plan, needs: Needs) -> tuple[Directions | None, Directions | None]:
     """For the hidden states, and for a LoRA's."""
 
     def of(matrix: Tensor, dtype: torch.dtype) -> Directions:
@@ -224,11 +136,18 @@ def _wanted_directions(n: int, head: Head, plan: Plan, needs: Needs) -> tuple[Di
 
     return (
         of(head.weight, head.compute) if needs.hidden else None,
-        of(head.lora, head.lora_compute) if needs.lora_hidden and head.lora is not None else None,
+        of(head.lora_b, head.lora_compute) if needs.lora_u and head.lora_b is not None else None,
     )
 
 
-def _tile_space(tiles: TileOps, head: Head, how: Logits, plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+def _both(directions: Directions | None) -> list[Tensor | None]:
+    """d logp and d entropy, those that were summed."""
+    return [*(directions.results if directions else ()), None, None][:2]
+
+
+def _tile_space(
+    tiles: TileOps, head: HeadOperands, spec: LogitSpec, plan: Plan, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Memory for a tile of products and one of exponentials; both may be one."""
     rows = 0 if plan.fused else plan.rows  # the products stay in registers
     z_space = torch.empty((rows, plan.cols), dtype=head.acc, device=device)
@@ -236,25 +155,25 @@ def _tile_space(tiles: TileOps, head: Head, how: Logits, plan: Plan, device: tor
         rows = 0 if plan.path in ("stats", "kept") else plan.rows
         return z_space, torch.empty((rows, aligned(plan.cols)), dtype=head.compute, device=device)
     e_dtype = tiles.e_dtype(head.compute, head.acc)
-    same = e_dtype == head.acc and "entropy" not in how.stats
+    same = e_dtype == head.acc and "entropy" not in spec.stats
     return z_space, z_space if same else torch.empty_like(z_space, dtype=e_dtype)
 
 
-def _fused_rows(operand: Tensor, lora: Tensor | None, columns: int, state: RowState, how: Logits) -> "FusedRows":
+def _fused_rows(operand: Tensor, lora_u: Tensor | None, columns: int, state: RowState, spec: LogitSpec) -> "FusedRows":
     from fastdpo.ops.linear_logprob.fused_tiles import FusedRows  # triton
 
-    return FusedRows(operand, lora, columns, state, how)
+    return FusedRows(operand, lora_u, columns, state, spec)
 
 
-def _finish(state: RowState, how: Logits, columns: int) -> dict[str, Tensor]:
+def _finish(state: RowState, spec: LogitSpec, columns: int) -> dict[str, Tensor]:
     log_s = state.s.log()
     d = (state.m - state.zy) + log_s
     up, down = softplus(d), softplus(-d)
     out = {"logprob": -up, "q": torch.exp(-down)}
-    if "lse" in how.stats:
+    if "lse" in spec.stats:
         # from the larger of both: zy + up cancels where the target is far below the rest
         out["lse"] = torch.maximum(state.zy, state.m + log_s) + torch.log1p(torch.exp(-d.abs()))
-    if "is_top1" in how.stats:
+    if "is_top1" in spec.stats:
         out["is_top1"] = state.zy >= state.m
     s = torch.where(state.s > 0, state.s, 1.0)
     if state.t is not None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastdpo.kernels import configs, fused_offsets
 from fastdpo.kernels.fused_dlogits import fused_dlogits
 from fastdpo.kernels.fused_fold import fused_fold
-from fastdpo.ops.linear_logprob.tiles import NEG, Logits, RowGradient, RowState
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, RowGradient, RowState
+from fastdpo.ops.numerics import NEG
 
 # nats by which an exponential may exceed its offset: e^60 fits bf16 and leaves fp32 sums room, e^8 fits fp16
 WINDOW = {torch.bfloat16: 60.0, torch.float16: 8.0}
@@ -20,10 +21,10 @@ WINDOW = {torch.bfloat16: 60.0, torch.float16: 8.0}
 class FusedRows:
     """One block of rows on its way through the vocabulary."""
 
-    def __init__(self, operand: Tensor, lora: Tensor | None, columns: int, state: RowState, how: Logits) -> None:
-        self.config = configs.fold_config(configs.arch_of(operand.device), bool(how.softcap))
-        self.operand, self.lora = _unit_stride(operand), None if lora is None else _unit_stride(lora)
-        self.state, self.how = state, how
+    def __init__(self, operand: Tensor, lora_u: Tensor | None, columns: int, state: RowState, spec: LogitSpec) -> None:
+        self.config = configs.fold_config(configs.arch_of(operand.device), bool(spec.softcap))
+        self.operand, self.lora_u = _unit_stride(operand), None if lora_u is None else _unit_stride(lora_u)
+        self.state, self.spec = state, spec
         self.window = WINDOW[operand.dtype]
         n, blocks = len(operand), -(-columns // self.config.block_cols)
         names = ("m", "s", *(name for name in ("t", "sq", "zsum") if getattr(state, name) is not None))
@@ -39,17 +40,17 @@ class FusedRows:
         bias: Tensor | None,
         start: int,
         e: Tensor | None,
-        lora_weight: Tensor | None = None,
+        lora_b: Tensor | None = None,
     ) -> None:
         """Folds the columns from `start` on; leaves their exponentials, relative to `offset`, in e (n, c).
 
         state.ratio (n,) is then exp(the offset before - the offset now).
         """
         weight = _unit_stride(weight)
-        lora = None if self.lora is None or lora_weight is None else (self.lora, _unit_stride(lora_weight))
+        lora = _pair(self.lora_u, lora_b)
         first, width = start // self.config.block_cols, self.config.block_cols
         part = {name: x[first : first - (-len(weight) // width)] for name, x in self.partials.items()}
-        options = {"scale": self.how.scale, "softcap": self.how.softcap, "cap": self.how.cap}
+        options = {"scale": self.spec.scale, "softcap": self.spec.softcap, "cap": self.spec.cap}
         local = labels - start
         if e is None:
             fused_fold(self.operand, weight, local, bias, lora, part, self.state.zy, self.config, **options)
@@ -89,16 +90,22 @@ def dlogits(
     local: Tensor,
     bias: Tensor | None,
     row: RowGradient,
-    how: Logits,
+    spec: LogitSpec,
     d: Tensor,
-    lora: tuple[Tensor, Tensor] | None = None,
+    lora_u: Tensor | None = None,
+    lora_b: Tensor | None = None,
 ) -> None:
     """d (n, c) = d loss / d product of the columns of `weight` (c, H), made again from the operands."""
     config = configs.dlogits_config(configs.arch_of(operand.device))
     numbers = {"m": row.m, "others": row.others, "target": row.target}
-    scales = {"scale": how.scale, "softcap": how.softcap, "cap": how.cap, "slope": how.slope}
-    pair = None if lora is None else (_unit_stride(lora[0]), _unit_stride(lora[1]))
-    fused_dlogits(_unit_stride(operand), _unit_stride(weight), local, bias, pair, d, config, **numbers, **scales)
+    scales = {"scale": spec.scale, "softcap": spec.softcap, "cap": spec.cap, "slope": spec.slope}
+    lora = _pair(lora_u, lora_b)
+    fused_dlogits(_unit_stride(operand), _unit_stride(weight), local, bias, lora, d, config, **numbers, **scales)
+
+
+def _pair(lora_u: Tensor | None, lora_b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A LoRA as the kernels' launchers take it."""
+    return None if lora_u is None or lora_b is None else (_unit_stride(lora_u), _unit_stride(lora_b))
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.gemm import mm_into, mm_rounded, rounds_in_gemm
-from fastdpo.ops.linear_logprob.forward import Head, Saved, Tokens, blocks, products
+from fastdpo.ops.linear_logprob.forward import SavedForBackward, products
+from fastdpo.ops.linear_logprob.operands import HeadOperands, TokenOperands
 from fastdpo.ops.linear_logprob.plan import Needs, Plan, aligned
-from fastdpo.ops.linear_logprob.tiles import NEG, Logits, RowGradient, TileOps, curve_of
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, RowGradient, TileOps
+from fastdpo.ops.linear_logprob.torch_tiles import curve_of
+from fastdpo.ops.numerics import NEG, blocks
 
 
 def backward_head(
     tiles: TileOps,
-    tokens: Tokens,
-    head: Head,
-    how: Logits,
+    tokens: TokenOperands,
+    head: HeadOperands,
+    spec: LogitSpec,
     plan: Plan,
     needs: Needs,
-    saved: Saved,
+    saved: SavedForBackward,
     upstream: Tensor,
     upstream_entropy: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -30,23 +33,22 @@ def backward_head(
     row = _row_gradient(saved, upstream, upstream_entropy)
     db = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
     dw = _MatrixGradient(head.weight, tokens.hidden, tokens, head, plan) if needs.weight else None
-    lora = head.lora, tokens.lora
-    db_lora = None
-    if needs.lora_weight and lora[0] is not None and lora[1] is not None:
-        db_lora = _MatrixGradient(lora[0], lora[1], tokens, head, plan)
-    matrices = [x for x in (dw, db_lora) if x is not None]
+    d_lora_b = None
+    if needs.lora_b and head.lora_b is not None and tokens.lora_u is not None:
+        d_lora_b = _MatrixGradient(head.lora_b, tokens.lora_u, tokens, head, plan)
+    matrices = [x for x in (dw, d_lora_b) if x is not None]
     scaled = tokens.hidden.device.type == "cpu" and matrices and all(x.once for x in matrices)
     if scaled and saved.kept is not None and len(tokens.labels):
-        _kept_products(matrices, db, tokens.labels, how, plan, head, saved, row)
+        _kept_products(matrices, db, tokens.labels, spec, plan, head, saved, row)
     else:
-        _by_tiles(tiles, matrices, db, tokens, head, how, plan, saved, row)
-    return None if dw is None else dw.out, db, None if db_lora is None else db_lora.out
+        _by_tiles(tiles, matrices, db, tokens, head, spec, plan, saved, row)
+    return None if dw is None else dw.out, db, None if d_lora_b is None else d_lora_b.out
 
 
 class _MatrixGradient:
     """The gradient (V, k) of a matrix whose product's other operand is x (R, k)."""
 
-    def __init__(self, matrix: Tensor, x: Tensor, tokens: Tokens, head: Head, plan: Plan) -> None:
+    def __init__(self, matrix: Tensor, x: Tensor, tokens: TokenOperands, head: HeadOperands, plan: Plan) -> None:
         n, device = len(tokens.labels), x.device
         self.out, self.x, self.tokens, self.head = torch.empty_like(matrix), x, tokens, head
         self.whole = n <= plan.back_rows
@@ -83,11 +85,11 @@ def _by_tiles(
     tiles: TileOps,
     matrices: list[_MatrixGradient],
     db: Tensor | None,
-    tokens: Tokens,
-    head: Head,
-    how: Logits,
+    tokens: TokenOperands,
+    head: HeadOperands,
+    spec: LogitSpec,
     plan: Plan,
-    saved: Saved,
+    saved: SavedForBackward,
     row: RowGradient,
 ) -> None:
     labels, n, v, device, acc = tokens.labels, len(tokens.labels), len(head.weight), tokens.hidden.device, head.acc
@@ -98,33 +100,33 @@ def _by_tiles(
     z_space = d_space if same else torch.empty_like(d_space, dtype=acc)
     wide = not plan.fused
     w_space = head.space(cols, wide) if recompute else None
-    operand = lora = weight = bias = lora_weight = None
+    operand = lora_u = weight = bias = lora_b = None
     for index, columns in enumerate(blocks(v, cols)):
         width = columns.stop - columns.start
         bias_sums = torch.zeros(width, dtype=acc, device=device) if db is not None else None
         if recompute:
             weight, bias = head.block(columns, w_space)
-            lora_weight = head.lora_block(columns, wide)
+            lora_b = head.lora_block(columns, wide)
         for block in blocks(n, rows):
             size = block.stop - block.start
             d, label, part = d_space[:size, :width], labels[block] - columns.start, row.part(block)
             if weight is not None:
                 if operand is None or n > rows:
-                    operand = lora = None  # the last block's
-                    operand, lora = tokens.operand(block, head, wide), tokens.lora_operand(block, head, wide)
+                    operand = lora_u = None  # the last block's
+                    operand, lora_u = tokens.operand(block, head, wide), tokens.lora_operand(block, head, wide)
                 if plan.fused:
-                    _fused_dlogits(operand, weight, lora, lora_weight, label, bias, part, how, d)
+                    _fused_dlogits(operand, weight, lora_u, lora_b, label, bias, part, spec, d)
                 else:
                     z = z_space[:size, :width]
-                    products(z, operand, weight, lora, lora_weight, head)
-                    tiles.dlogits(z, d, label, bias, part, how)
+                    products(z, operand, weight, lora_u, lora_b, head)
+                    tiles.dlogits(z, d, label, bias, part, spec)
             else:
                 assert saved.kept is not None
-                scale = _kept_scale(saved, part, index, block, how)
-                target = _target_gradient(saved, part, block, how)
+                scale = _kept_scale(saved, part, index, block, spec)
+                target = _target_gradient(saved, part, block, spec)
                 tiles.dlogits_kept(saved.kept[index, block, :width], d, label, scale, target)
             for matrix in matrices:
-                matrix.add(d, block, columns, operand if matrix.x is tokens.hidden else lora)
+                matrix.add(d, block, columns, operand if matrix.x is tokens.hidden else lora_u)
             if bias_sums is not None:
                 bias_sums += d.sum(0, dtype=acc)
         for matrix in matrices:
@@ -136,50 +138,49 @@ def _by_tiles(
 def _fused_dlogits(
     operand: Tensor,
     weight: Tensor,
-    lora: Tensor | None,
-    lora_weight: Tensor | None,
+    lora_u: Tensor | None,
+    lora_b: Tensor | None,
     label: Tensor,
     bias: Tensor | None,
     row: RowGradient,
-    how: Logits,
+    spec: LogitSpec,
     d: Tensor,
 ) -> None:
     from fastdpo.ops.linear_logprob.fused_tiles import dlogits  # triton
 
-    pair = None if lora is None or lora_weight is None else (lora, lora_weight)
-    dlogits(operand, weight, label, bias, row, how, d, pair)
+    dlogits(operand, weight, label, bias, row, spec, d, lora_u, lora_b)
 
 
-def _target_gradient(saved: Saved, row: RowGradient, block: slice, how: Logits) -> Tensor:
+def _target_gradient(saved: SavedForBackward, row: RowGradient, block: slice, spec: LogitSpec) -> Tensor:
     """d loss / d product at the target's column, (n,), from what is kept."""
-    target = row.target * how.slope
-    return target if saved.zy is None else target * curve_of(saved.zy[block].clone(), how)
+    target = row.target * spec.slope
+    return target if saved.zy is None else target * curve_of(saved.zy[block].clone(), spec)
 
 
-def _kept_scale(saved: Saved, row: RowGradient, index: int, block: slice, how: Logits) -> Tensor:
+def _kept_scale(saved: SavedForBackward, row: RowGradient, index: int, block: slice, spec: LogitSpec) -> Tensor:
     """What turns kept exponentials of one column block into d loss / d product off the target, (n,)."""
     assert saved.bases is not None
     # a base is a running maximum, so at most m; where a row had no maximum yet it is 0, and what is kept is 0 too
-    return torch.exp((saved.bases[index, block] - row.m).clamp(max=0.0)) * row.others * how.slope
+    return torch.exp((saved.bases[index, block] - row.m).clamp(max=0.0)) * row.others * spec.slope
 
 
 def _kept_products(
     matrices: list[_MatrixGradient],
     db: Tensor | None,
     labels: Tensor,
-    how: Logits,
+    spec: LogitSpec,
     plan: Plan,
-    head: Head,
-    saved: Saved,
+    head: HeadOperands,
+    saved: SavedForBackward,
     row: RowGradient,
 ) -> None:
     """One row block on a CPU: kept^T @ (scaled operand), no pass over the kept tile, targets added."""
     assert saved.kept is not None
     everything, v = slice(0, len(labels)), len(head.weight)
     wide = [matrix.tokens.pick(matrix.x, everything).to(head.acc) for matrix in matrices]
-    target = _target_gradient(saved, row, everything, how)
+    target = _target_gradient(saved, row, everything, spec)
     for index, columns in enumerate(blocks(v, plan.cols)):
-        scale = _kept_scale(saved, row, index, everything, how)
+        scale = _kept_scale(saved, row, index, everything, spec)
         kept = saved.kept[index, :, : columns.stop - columns.start].t()
         local = labels - columns.start
         hit = ((local >= 0) & (local < len(kept))).nonzero()[:, 0]
@@ -195,20 +196,20 @@ def _kept_products(
             db[columns] = sums.index_add_(0, local[hit], target[hit])
 
 
-def _row_gradient(saved: Saved, upstream: Tensor, upstream_entropy: Tensor | None) -> RowGradient:
+def _row_gradient(saved: SavedForBackward, upstream: Tensor, upstream_entropy: Tensor | None) -> RowGradient:
     assert saved.m is not None
     assert saved.s is not None
-    some = saved.s > 0
-    s = torch.where(some, saved.s, 1.0)
+    has_others = saved.s > 0
+    s = torch.where(has_others, saved.s, 1.0)
     m = torch.where(saved.m > NEG / 2, saved.m, 0.0)
-    rest = saved.q / s
-    row = RowGradient(m, -upstream * rest, upstream * saved.q)
+    q_over_s = saved.q / s
+    row = RowGradient(m, -upstream * q_over_s, upstream * saved.q)
     if upstream_entropy is not None:
         # d ent / dz_v = -p_v (log p_v + ent); log p_v = (z_v - m) + log(q / s), and for the target log(1 - q)
         assert saved.entropy is not None
-        row.entropy = -upstream_entropy * rest
+        row.entropy = -upstream_entropy * q_over_s
         # q may be 0: then so is the others' share, and any offset will do
-        row.offset = torch.where(some & (saved.q > 0), saved.q.log() - s.log() + saved.entropy, 0.0)
+        row.offset = torch.where(has_others & (saved.q > 0), saved.q.log() - s.log() + saved.entropy, 0.0)
         log_p = torch.log1p(-saved.q)
         term = torch.where(saved.q == 1, 0.0, (1 - saved.q) * (log_p + saved.entropy))
         row.target = row.target - upstream_entropy * term

@@ -1,309 +1,185 @@
-"""The op itself: arguments as plain values, what is saved, and a backward that is a row scale where the head is frozen.
+"""The op itself: what is saved, and a backward that is a row scale where the head is frozen.
 
-`run` is what a checked call ends in (prepare.py). Path and tile follow from the arguments' shapes and from `Settings`
-alone, so forward, backward and the fake tensors of `torch.compile` find the same ones.
+`run` is what a checked call ends in (prepare.py). It takes the fields of `Operands` and of `Settings`, and gives the
+results in the order of `result_names`, then what is saved for backward.
 """
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.custom_op import Implementation, differentiable_op, gradient_op, inside
-from fastdpo.ops.gemm import adds_in_gemm
 from fastdpo.ops.linear_logprob import forward, head_gradient
-from fastdpo.ops.linear_logprob.plan import Needs, Plan, Shape, make_plan, route
-from fastdpo.ops.linear_logprob.tiles import Logits, TileOps, TorchTiles
+from fastdpo.ops.linear_logprob.operands import HeadOperands, Operands, TokenOperands
+from fastdpo.ops.linear_logprob.plan import route
+from fastdpo.ops.linear_logprob.settings import Settings, plan_of, result_names, shape_of
+from fastdpo.ops.numerics import blocks
+from fastdpo.ops.records import from_fields, takes_fields
 
 logger = logging.getLogger("fastdpo")
-STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
 
 
-class Settings(NamedTuple):
-    """Everything about a call that is no tensor, as values that a custom operator takes."""
+class GradientArguments(NamedTuple):
+    """What gradients are made of. Where the head is frozen, of the call's tensors only `rows` is there."""
 
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    stats: str  # names, joined by commas
-    needs: list[bool]  # the fields of `Needs`: inside a custom operator no tensor requires a gradient
-    unique_rows: bool
-    ignored: bool  # negative labels are among the labels: they score 0
-    compute: torch.dtype  # in which the operands enter the products
-    lora_compute: torch.dtype  # the same of a LoRA's
-    backend: str
-    fused: int  # columns of the fused kernel's partial results; 0 where product and fold are apart
-    workspace: int  # budgets, bytes
-    keep: int
-
-    @property
-    def how(self) -> Logits:
-        names = frozenset(self.stats.split(",")) if self.stats else frozenset()
-        return Logits(self.temperature, self.logit_scale, self.softcap, names)
+    up: Tensor | None  # (N,) d loss / d logp
+    up_entropy: Tensor | None  # (N,) d loss / d entropy
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_u: Tensor | None
+    lora_b: Tensor | None
+    labels: Tensor | None
+    rows: Tensor | None
+    entropy: Tensor | None  # (N,)
+    stored: list[Tensor]  # what forward saved, in the order of `_outputs`
+    sizes: list[int]  # R, H, V, r
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    lora_dtype: torch.dtype
 
     @property
-    def wanted(self) -> Needs:
-        return Needs(*self.needs)
-
-    @property
-    def acc(self) -> torch.dtype:
-        return torch.promote_types(self.compute, torch.float32)
-
-    def tiles(self) -> TileOps:
-        if self.backend == "triton":
-            from fastdpo.ops.linear_logprob.triton_tiles import TritonTiles
-
-            return TritonTiles()
-        return TorchTiles()
-
-
-def result_names(settings: Settings) -> list[str]:
-    """Of the first outputs, which the caller gets; what is saved follows."""
-    # a function: the compiler of torch 2.8 knows a named tuple's fields, not its properties
-    return ["logprob", *(settings.stats.split(",") if settings.stats else ())]
-
-
-SETTINGS = (  # the same, as a custom operator's schema says it
-    "float temperature, float logit_scale, float? softcap, str stats, bool[] needs, bool unique_rows, bool ignored, "
-    "ScalarType compute, ScalarType lora_compute, str backend, SymInt fused, SymInt workspace, SymInt keep"
-)
-
-
-def shape_of(
-    settings: Settings,
-    device: torch.device,
-    n: int,
-    sizes: Sequence[int],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    gathered: bool,
-    flattened: bool = False,
-) -> Shape:
-    """What a plan is made from: n labels, sizes R, H, V, r of hidden (R, H), weight (V, H) and a LoRA, and dtypes.
-
-    `gathered` and `flattened`: see `fastdpo.ops.linear_logprob.plan.Shape`.
-    """
-    source_rows, h, v, rank = sizes
-    stats = settings.how.stats
-    return Shape(
-        n=n,
-        h=h,
-        v=v,
-        source_rows=source_rows,
-        gathered=gathered,
-        flattened=flattened,
-        compute=settings.compute.itemsize,
-        acc=settings.acc.itemsize,
-        hidden=dtypes[0].itemsize,
-        weight=dtypes[1].itemsize,
-        widened=device.type != "cuda" and settings.fused == 0,
-        extra_tiles=("entropy" in stats) + bool(settings.softcap),
-        curved=bool(settings.softcap),
-        fused=settings.fused > 0,
-        block_cols=settings.fused,
-        rank=rank,
-        spare=device.type == "cuda" and settings.compute != settings.acc and not adds_in_gemm(),
-        partials=2 + len(stats & {"entropy", "log_sum_sq_probs", "mean_logit"}),
-    )
-
-
-def plan_of(settings: Settings, shape: Shape) -> Plan:
-    return _plan(shape, settings.wanted, settings.workspace, settings.keep)
-
-
-_plan = lru_cache(maxsize=256)(make_plan)
+    def operands(self) -> Operands:
+        """The call's tensors, where the head is trained."""
+        assert self.hidden is not None
+        assert self.weight is not None
+        assert self.labels is not None
+        lora = self.lora_u, self.lora_b
+        return Operands(self.hidden, self.weight, self.bias, *lora, self.labels, self.rows)
 
 
 def _outputs(
     settings: Settings, path: str, cols: int, n: int, h: int, v: int, rank: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of each of forward's outputs, by name and in order: results, then what is saved for backward."""
-    needs, acc, compute = settings.wanted, settings.acc, settings.compute
-    row, names = ((n,), acc), result_names(settings)
-    if needs.hidden or needs.lora_hidden or needs.head:
+    needs, acc, compute = settings.needed, settings.acc, settings.compute
+    names = result_names(settings)
+    if needs.hidden or needs.lora_u or needs.head:
         names += ["q", *("direction", "entropy_direction")[: needs.directions]]
         names += ("lora_direction", "lora_entropy_direction")[: needs.lora_directions]
     if needs.head:
         names += ["m", "s", *(["zy"] if settings.softcap else [])]
-    elif needs.hidden or needs.lora_hidden:
+    elif needs.hidden or needs.lora_u:
         names += ["anchor"]
-    odd = {"is_top1": ((n,), torch.bool), "anchor": ((0,), acc)} | dict.fromkeys(
-        ("direction", "entropy_direction"), ((n, h), compute)
-    )
-    odd |= dict.fromkeys(("lora_direction", "lora_entropy_direction"), ((n, rank), settings.lora_compute))
-    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: odd.get(name, row) for name in names}
+    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(names, ((n,), acc))
+    others = {"is_top1": ((n,), torch.bool), "anchor": ((0,), acc)}
+    others |= dict.fromkeys(("direction", "entropy_direction"), ((n, h), compute))
+    others |= dict.fromkeys(("lora_direction", "lora_entropy_direction"), ((n, rank), settings.lora_compute))
+    outputs |= {name: kind for name, kind in others.items() if name in outputs}
     if path == "kept":
-        blocks = -(-v // cols)
-        out |= {"kept": ((blocks, n, cols), compute), "bases": ((blocks, n), acc)}
-    return out
+        count = -(-v // cols)
+        outputs |= {"kept": ((count, n, cols), compute), "bases": ((count, n), acc)}
+    return outputs
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    labels: Tensor,
-    rows: Tensor | None,
-    *values: Any,
-) -> list[Tensor]:
-    """Results (N,), then what backward needs; hidden (R, H), weight (V, H), LoRA (R, r), (V, r), labels, rows (N,)."""
-    settings = Settings(*values)
-    sizes = (*hidden.shape, len(weight), _rank(lora_weight))
-    shape = shape_of(settings, hidden.device, len(labels), sizes, (hidden.dtype, weight.dtype), rows is not None)
+@takes_fields(Operands, Settings)
+def _forward(operands: Operands, settings: Settings) -> list[Tensor]:
+    n, device = len(operands.labels), operands.hidden.device
+    shape = shape_of(settings, device, n, operands.sizes, operands.dtypes, operands.rows is not None)
     plan = plan_of(settings, shape)
     logger.debug("linear_logprob: %s backend, %s", settings.backend, plan)
-    head = forward.Head(weight, bias, settings.compute, settings.acc, lora_weight, settings.lora_compute)
-    tokens = forward.Tokens(hidden, labels, rows, settings.ignored, lora_hidden)
-    with inside(hidden.device):
-        found, saved = forward.forward(settings.tiles(), tokens, head, settings.how, plan, settings.wanted)
+    head, tokens = HeadOperands.of(operands, settings), TokenOperands.of(operands, settings)
+    with inside(device):
+        results, saved = forward.forward(settings.tiles(), tokens, head, settings.spec, plan, settings.needed)
         if settings.ignored:
-            saved.q = saved.q.where(labels >= 0, 0.0)
+            saved.q = saved.q.where(operands.labels >= 0, 0.0)
     saved.anchor = saved.q.new_empty(0)
-    by_name = {**vars(saved), **found}
-    return [by_name[name] for name in _outputs(settings, plan.path, plan.cols, len(labels), *sizes[1:])]
+    by_name = {**vars(saved), **results}
+    return [by_name[name] for name in _outputs(settings, plan.path, plan.cols, n, *operands.sizes[1:])]
 
 
-def _fake_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    labels: Tensor,
-    rows: Tensor | None,
-    *values: Any,
-) -> list[Tensor]:
-    settings = Settings(*values)
-    n, sizes, path, cols = labels.shape[0], (*hidden.shape, weight.shape[0], _rank(lora_weight)), "", 0
-    if settings.wanted.head:
+@takes_fields(Operands, Settings)
+def _fake_forward(operands: Operands, settings: Settings) -> list[Tensor]:
+    hidden, n, path, cols = operands.hidden, operands.labels.shape[0], "", 0
+    if settings.needed.head:
         # of no other path do the shapes depend on the plan, and its comparisons of a symbolic N become guards
-        shape = shape_of(settings, hidden.device, n, sizes, (hidden.dtype, weight.dtype), rows is not None)
-        path, _, cols = route(shape, settings.wanted, settings.workspace, settings.keep)
-    outputs = _outputs(settings, path, cols, n, *sizes[1:])
+        shape = shape_of(settings, hidden.device, n, operands.sizes, operands.dtypes, operands.rows is not None)
+        path, _, cols = route(shape, settings.needed, settings.workspace, settings.keep)
+    outputs = _outputs(settings, path, cols, n, *operands.sizes[1:])
     return [hidden.new_empty(shape, dtype=dtype) for shape, dtype in outputs.values()]
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    hidden, weight, bias, lora_hidden, lora_weight, labels, rows, *values = inputs
-    settings = Settings(*values)
-    needs, results = settings.wanted, result_names(settings)
+    operands: Operands
+    settings: Settings
+    operands, settings = from_fields(inputs, Operands, Settings)
+    needs, results = settings.needed, result_names(settings)
     ctx.set_materialize_grads(False)
     entropy = output[results.index("entropy")] if needs.entropy else None
-    frozen = not needs.head and (needs.hidden or needs.lora_hidden)
+    frozen = not needs.head and (needs.hidden or needs.lora_u)
     anchor = output[-1] if frozen else None
     ctx.mark_non_differentiable(*(x for x in output[1:] if x is not entropy and x is not anchor))
     # rows are saved in any case: autograd then notices a change in place
-    arguments = (*((hidden, weight, bias, lora_hidden, lora_weight, labels) if needs.head else (None,) * 6), rows)
-    ctx.save_for_backward(*arguments, entropy if needs.head else None, *output[len(results) :])
-    lora_dtype = hidden.dtype if lora_hidden is None else lora_hidden.dtype
-    ctx.settings, ctx.dtypes = settings, (hidden.dtype, weight.dtype, lora_dtype)
-    ctx.sizes = (*hidden.shape, weight.shape[0], _rank(lora_weight))
+    *others, rows = operands
+    tensors = others if needs.head else [None] * len(others)
+    ctx.save_for_backward(*tensors, rows, entropy if needs.head else None, *output[len(results) :])
+    lora_dtype = operands.hidden.dtype if operands.lora_u is None else operands.lora_u.dtype
+    ctx.settings, ctx.sizes, ctx.dtypes = settings, operands.sizes, (*operands.dtypes, lora_dtype)
 
 
-def _backward(ctx: Any, upstream: Sequence[Tensor | None], gradients: Implementation) -> tuple[Any, ...]:
+def _backward(ctx: Any, upstream: Sequence[Tensor | None], compute: Implementation) -> tuple[Any, ...]:
     settings: Settings = ctx.settings
-    needs = settings.wanted
-    up = upstream[0]
+    needs, up = settings.needed, upstream[0]
     up_entropy = upstream[result_names(settings).index("entropy")] if needs.entropy else None
-    found: Sequence[Tensor] = ()
+    gradients = {}
     if up is not None or up_entropy is not None:
         tensors = ctx.saved_tensors  # once: a non-reentrant checkpoint unpacks a tensor no second time
-        found = gradients(up, up_entropy, *tensors[:8], list(tensors[8:]), list(ctx.sizes), *ctx.dtypes, *settings)
-    wanted = iter(found)
-    per_argument = (needs.hidden, needs.weight, needs.bias, needs.lora_hidden, needs.lora_weight)
-    by_argument = (next(wanted, None) if need else None for need in per_argument)
-    return (*by_argument, None, None, *(None,) * len(settings))
+        # the fields of `GradientArguments`
+        arguments = (up, up_entropy, *tensors[:8], list(tensors[8:]), list(ctx.sizes), *ctx.dtypes)
+        gradients = dict(zip(needs.operands, compute(*arguments, *settings), strict=True))
+    return (*(gradients.get(name) for name in Operands._fields), *(None,) * len(settings))
 
 
-def _gradients(
-    up: Tensor | None,
-    up_entropy: Tensor | None,
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    labels: Tensor | None,
-    rows: Tensor | None,
-    entropy: Tensor | None,
-    stored: list[Tensor],
-    sizes: list[int],
-    hidden_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    *values: Any,
-) -> list[Tensor]:
-    """d hidden (R, H), weight (V, H), bias (V,), LoRA (R, r) and (V, r), those that are wanted."""
-    settings = Settings(*values)
-    needs, q = settings.wanted, stored[0]
-    shape = shape_of(settings, q.device, len(q), sizes, (hidden_dtype, weight_dtype), rows is not None)
+@takes_fields(GradientArguments, Settings)
+def _gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]:
+    """d hidden (R, H), weight (V, H), bias (V,), LoRA (R, r) and (V, r), those that are needed."""
+    needs, stored, sizes, rows = settings.needed, arguments.stored, arguments.sizes, arguments.rows
+    q, dtypes = stored[0], (arguments.hidden_dtype, arguments.weight_dtype)
+    shape = shape_of(settings, q.device, len(q), sizes, dtypes, rows is not None)
     plan = plan_of(settings, shape)
     names = [*_outputs(settings, plan.path, plan.cols, len(q), *sizes[1:])][len(result_names(settings)) :]
-    saved = forward.Saved(**dict(zip(names, stored, strict=True)), entropy=entropy)
+    saved = forward.SavedForBackward(**dict(zip(names, stored, strict=True)), entropy=arguments.entropy)
     with inside(q.device):
-        up = torch.zeros_like(q) if up is None else up.to(q.dtype)
+        up = torch.zeros_like(q) if arguments.up is None else arguments.up.to(q.dtype)
+        up_entropy = arguments.up_entropy
         if up_entropy is not None:
             up_entropy = up_entropy.to(q.dtype)
-            if labels is not None and settings.ignored:
-                up_entropy = up_entropy.where(labels >= 0, 0.0)
-        kinds = (
-            (needs.hidden, saved.direction, saved.entropy_direction, hidden_dtype),
-            (needs.lora_hidden, saved.lora_direction, saved.lora_entropy_direction, lora_dtype),
-        )
-        d_hidden, d_lora = (
-            forward.scatter_rows(
-                _scaled(direction, entropy_direction, saved.q, up, up_entropy, dtype, plan),
-                rows,
-                sizes[0],
-                settings.unique_rows,
-            )
-            if need and direction is not None
-            else None
-            for need, direction, entropy_direction, dtype in kinds
-        )
-        d_weight = d_bias = d_lora_weight = None
+            if arguments.labels is not None and settings.ignored:
+                up_entropy = up_entropy.where(arguments.labels >= 0, 0.0)
+
+        def scaled(direction: Tensor | None, entropy_direction: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            if direction is None:
+                return None
+            by_token = _scaled(direction, entropy_direction, saved.q, up, up_entropy, dtype, plan.rows)
+            return forward.scatter_rows(by_token, rows, sizes[0], settings.unique_rows)
+
+        d_hidden = scaled(saved.direction, saved.entropy_direction, arguments.hidden_dtype)
+        d_lora_u = scaled(saved.lora_direction, saved.lora_entropy_direction, arguments.lora_dtype)
+        d_weight = d_bias = d_lora_b = None
         if needs.head:
-            assert hidden is not None
-            assert weight is not None
-            assert labels is not None
-            head = forward.Head(weight, bias, settings.compute, settings.acc, lora_weight, settings.lora_compute)
-            tokens = forward.Tokens(hidden, labels, rows, settings.ignored, lora_hidden)
-            d_weight, d_bias, d_lora_weight = head_gradient.backward_head(
-                settings.tiles(), tokens, head, settings.how, plan, needs, saved, up, up_entropy
+            head = HeadOperands.of(arguments.operands, settings)
+            tokens = TokenOperands.of(arguments.operands, settings)
+            d_weight, d_bias, d_lora_b = head_gradient.backward_head(
+                settings.tiles(), tokens, head, settings.spec, plan, needs, saved, up, up_entropy
             )
-    return [x for x in (d_hidden, d_weight, d_bias, d_lora, d_lora_weight) if x is not None]
+    return [x for x in (d_hidden, d_weight, d_bias, d_lora_u, d_lora_b) if x is not None]
 
 
-def _fake_gradients(
-    up: Tensor | None,
-    up_entropy: Tensor | None,
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    labels: Tensor | None,
-    rows: Tensor | None,
-    entropy: Tensor | None,
-    stored: list[Tensor],
-    sizes: list[int],
-    hidden_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    *values: Any,
-) -> list[Tensor]:
-    needs, q = Settings(*values).wanted, stored[0]
-    found = [q.new_empty(sizes[:2], dtype=hidden_dtype)] if needs.hidden else []
-    found += [torch.empty_like(x) for x, need in ((weight, needs.weight), (bias, needs.bias)) if need and x is not None]
-    if needs.lora_hidden:
-        found.append(q.new_empty((sizes[0], sizes[3]), dtype=lora_dtype))
-    if needs.lora_weight and lora_weight is not None:
-        found.append(torch.empty_like(lora_weight))
-    return found
+@takes_fields(GradientArguments, Settings)
+def _fake_gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]:
+    q, (source_rows, h, _, rank) = arguments.stored[0], arguments.sizes
+    of_rows = {"hidden": (h, arguments.hidden_dtype), "lora_u": (rank, arguments.lora_dtype)}
+    gradients = []
+    for name in settings.needed.operands:
+        if name in of_rows:
+            columns, dtype = of_rows[name]
+            gradients.append(q.new_empty((source_rows, columns), dtype=dtype))
+        else:
+            gradients.append(torch.empty_like(getattr(arguments, name)))
+    return gradients
 
 
 def _scaled(
@@ -313,11 +189,11 @@ def _scaled(
     up: Tensor,
     up_entropy: Tensor | None,
     dtype: torch.dtype,
-    plan: Plan,
+    rows: int,
 ) -> Tensor:
     """(N, k) in `dtype`: direction * q * upstream, a block of rows at a time (no fp32 copy of it all)."""
     out = torch.empty_like(direction, dtype=dtype)
-    for block in forward.blocks(len(out), plan.rows):
+    for block in blocks(len(out), rows):
         part = direction[block] * (q[block] * up[block])[:, None]
         if up_entropy is not None and entropy_direction is not None:
             part.addcmul_(entropy_direction[block].to(part.dtype), (q[block] * up_entropy[block])[:, None])
@@ -325,25 +201,7 @@ def _scaled(
     return out
 
 
-def _rank(lora_weight: Tensor | None) -> int:
-    return 0 if lora_weight is None else lora_weight.shape[1]
-
-
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, Tensor labels, Tensor? rows"
-)
-_SAVED = (
-    "Tensor? up, Tensor? up_entropy, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? lora_hidden, "
-    "Tensor? lora_weight, Tensor? labels, Tensor? rows, Tensor? entropy, Tensor[] stored, SymInt[] sizes, "
-    "ScalarType hidden_dtype, ScalarType weight_dtype, ScalarType lora_dtype"
-)
-gradients_op = gradient_op("linear_logprob", f"({_SAVED}, {SETTINGS}) -> Tensor[]", _gradients, _fake_gradients)
+gradients_op = gradient_op("linear_logprob", _gradients, _fake_gradients)
 run = differentiable_op(
-    "linear_logprob",
-    f"({_ARGUMENTS}, {SETTINGS}) -> Tensor[]",
-    _forward,
-    _fake_forward,
-    _setup_context,
-    _backward,
-    (_gradients, gradients_op),
+    "linear_logprob", _forward, _fake_forward, _setup_context, _backward, (_gradients, gradients_op)
 )

@@ -3,20 +3,20 @@
 Letters: N scored tokens, H hidden size, V vocabulary. The path follows from what needs a gradient (FLOPs in
 units of NHV; one GEMM is 2):
 
-    stats      no gradient wanted                       forward 2
+    stats      no gradient needed                       forward 2
     one_pass   hidden needs one, the head is frozen     forward 4, backward 0 (a row scale)
     kept       the head is trained, exp tile is kept    forward 4, backward 2
     recompute  the head is trained, it is not kept      forward 4, backward 4
 
-(forward 2 instead of 4 where hidden needs no gradient; + 2 where the entropy's gradient is wanted.) The tile
+(forward 2 instead of 4 where hidden needs no gradient; + 2 where the entropy's gradient is needed.) The tile
 depends on shapes, dtypes and the budget only, never on the path: the reference pass folds the same tiles in the
 same order as the policy's, so equal inputs give equal bits.
 """
 
-import os
 from dataclasses import dataclass, replace
 
-MIB = 1 << 20
+from fastdpo.ops.switches import MIB
+
 MAX_ROWS = 1024  # a multiple of every GEMM tile; W is streamed once per row block
 MAX_COLS = 8192
 MAX_COLS_CPU = 4096  # narrower tiles pay a fixed cost per product in oneDNN, wider ones leave the cache
@@ -26,27 +26,6 @@ COL_QUANTUM = 128
 ONEDNN_SCRATCH = 128 << 10  # what a bf16 product allocates beyond the copies of its operands
 
 
-def workspace_bytes() -> int:
-    """The workspace budget: FASTDPO_WORKSPACE_MB (default 64) in bytes."""
-    return _megabytes("FASTDPO_WORKSPACE_MB", 64)
-
-
-def keep_bytes() -> int:
-    """The budget for a kept exp tile: FASTDPO_KEEP_MB (default 1024) in bytes; 0 never keeps."""
-    return _megabytes("FASTDPO_KEEP_MB", 1024)
-
-
-def _megabytes(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        value = int(text) if text else default
-    except ValueError:
-        value = -1
-    if value < 0 or (value == 0 and name == "FASTDPO_WORKSPACE_MB"):
-        raise ValueError(f"{name} must be a whole number of MiB, got {text!r}; unset it for {default}.")
-    return value * MIB
-
-
 @dataclass(frozen=True)
 class Needs:
     """What the caller will differentiate."""
@@ -54,13 +33,18 @@ class Needs:
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+    lora_u: bool = False
+    lora_b: bool = False
     entropy: bool = False  # the entropy's own gradient, in addition to the log-prob's
-    lora_hidden: bool = False
-    lora_weight: bool = False
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the operands that need a gradient, in the order of `Operands`."""
+        return [name for name, need in vars(self).items() if need and name != "entropy"]
 
     @property
     def head(self) -> bool:
-        return self.weight or self.bias or self.lora_weight
+        return self.weight or self.bias or self.lora_b
 
     @property
     def directions(self) -> int:
@@ -69,7 +53,7 @@ class Needs:
 
     @property
     def lora_directions(self) -> int:
-        return (1 + self.entropy) * self.lora_hidden
+        return (1 + self.entropy) * self.lora_u
 
 
 @dataclass(frozen=True)
@@ -135,15 +119,13 @@ class Plan:
         )
 
 
-def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: int | None = None) -> Plan:
+def make_plan(shape: Shape, needs: Needs, workspace: int, keep: int) -> Plan:
     """Chooses path and tile for a call and predicts its peak bytes and FLOPs.
 
     Args:
-        shape, needs: sizes, and which gradients are wanted.
-        workspace, keep: budgets in bytes; by default those of the environment.
+        shape, needs: sizes, and which gradients are needed.
+        workspace, keep: budgets in bytes, of a tile's work and of kept exponentials.
     """
-    workspace = workspace_bytes() if workspace is None else workspace
-    keep = keep_bytes() if keep is None else keep
     path, rows, cols = route(shape, needs, workspace, keep)
     kept_size = _kept_bytes(shape, cols)
     back_rows, back_cols = rows, cols
@@ -151,7 +133,7 @@ def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: in
         back_rows, back_cols = back_tile(shape, workspace, rows, cols)
     again = path == "recompute"
     main = 1 + needs.directions + again + needs.weight
-    lora = 1 + needs.lora_directions + again + needs.lora_weight
+    lora = 1 + needs.lora_directions + again + needs.lora_b
     flops = 2 * shape.n * shape.v * (shape.h * main + shape.rank * lora)
 
     writes = path != "stats" and path != "kept" if shape.fused else True
@@ -169,8 +151,8 @@ def make_plan(shape: Shape, needs: Needs, workspace: int | None = None, keep: in
     scattered = shape.n if shape.gathered else 0
     gradients = needs.hidden * shape.hidden * shape.h * (shape.source_rows + scattered)
     gradients += needs.weight * shape.v * shape.h * shape.weight + needs.bias * shape.v * shape.weight
-    gradients += needs.lora_hidden * shape.acc * shape.rank * (shape.source_rows + scattered)
-    gradients += needs.lora_weight * shape.v * shape.rank * shape.acc
+    gradients += needs.lora_u * shape.acc * shape.rank * (shape.source_rows + scattered)
+    gradients += needs.lora_b * shape.v * shape.rank * shape.acc
     flat = shape.flattened * shape.source_rows * shape.h * shape.hidden
     peak = flat + vectors + saved + max(forward, gradients + backward)
     return Plan(path, rows, cols, back_rows, back_cols, shape.fused, flops, max(forward, backward), peak)
@@ -180,7 +162,7 @@ def route(shape: Shape, needs: Needs, workspace: int, keep: int) -> tuple[str, i
     """(path, rows, cols) of a plan: all that the shapes of what is saved depend on, so it takes symbolic sizes too."""
     rows, cols = _fused_tile(shape, workspace, needs) if shape.fused else tile(shape, workspace)
     if not needs.head:
-        path = "one_pass" if needs.hidden or needs.lora_hidden else "stats"
+        path = "one_pass" if needs.hidden or needs.lora_u else "stats"
     else:
         path = "kept" if not needs.entropy and _kept_bytes(shape, cols) <= keep else "recompute"
     return path, rows, cols

@@ -1,4 +1,4 @@
-"""One checked call of the op: its plan, its operands' dtypes, and where its results go."""
+"""One checked call of the op: its operands and settings, and where its results go."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,27 +10,29 @@ from torch import Tensor
 from fastdpo.ops import reference
 from fastdpo.ops.custom_op import constant_in_graphs, reads_are_free, without_autocast
 from fastdpo.ops.linear_logprob.arguments import check_arguments, check_lora
-from fastdpo.ops.linear_logprob.operator import STATS, Settings, plan_of, result_names, run, shape_of
-from fastdpo.ops.linear_logprob.plan import Needs, Plan, keep_bytes, workspace_bytes
-from fastdpo.ops.linear_logprob.tensor_kinds import number
-from fastdpo.ops.switches import block_cols, choose_backend, fuses
+from fastdpo.ops.linear_logprob.operands import Operands
+from fastdpo.ops.linear_logprob.operator import run
+from fastdpo.ops.linear_logprob.plan import Needs, Plan
+from fastdpo.ops.linear_logprob.settings import STATS, Settings, plan_of, result_names, shape_of
+from fastdpo.ops.switches import block_cols, choose_backend, fuses, keep_bytes, workspace_bytes
+from fastdpo.ops.tensor_kinds import number
 
 
 @dataclass(frozen=True)
-class Call:
-    """One checked call: everything about it that is not differentiated."""
+class PreparedCall:
+    """One checked call. Ignored labels are taken out where looking at them is free, and negative elsewhere."""
 
-    labels: Tensor  # (N,), compacted where that is free; negative where ignored
-    rows: Tensor | None  # (N,)
-    scored: Tensor | None  # (N,) bool, where ignored labels are still among `labels`
-    places: Tensor | None  # (N,) int64, where each result goes in the flattened labels
+    operands: Operands
     settings: Settings
+    scored: Tensor | None  # (N,) bool, where ignored labels are still among the operands' labels
+    places: Tensor | None  # (N,) int64, where each result goes in the flattened labels
 
     @staticmethod
     def of(
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        *,
         bias: Tensor | None,
         rows: Tensor | None,
         temperature: float,
@@ -38,20 +40,25 @@ class Call:
         softcap: float | None,
         ignore_index: int,
         shift: bool,
+        lora: tuple[Tensor, Tensor] | None,
         stats: Collection[str],
         entropy_grad: bool,
-        lora: tuple[Tensor, Tensor] | None = None,
-    ) -> "Call":
+    ) -> "PreparedCall":
         temperature = number("linear_logprob", "temperature", temperature)
         logit_scale = number("linear_logprob", "logit_scale", logit_scale)
         softcap = None if softcap is None else number("linear_logprob", "softcap", softcap)
         compute = check_arguments(
             hidden, weight, labels, bias, rows, temperature, logit_scale, softcap, ignore_index, shift
         )
-        lora_compute = compute if lora is None else check_lora(hidden, weight, lora, compute)
+        lora_compute, lora_u, lora_b = compute, None, None
+        if lora is not None:
+            lora_compute, (lora_u, lora_b) = check_lora(hidden, weight, lora, compute), lora
+        grad = torch.is_grad_enabled()
+        needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, lora_u, lora_b)]
+        entropy = any(needs) and entropy_grad and "entropy" in stats
         if shift:
             labels = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), -1)
-        flat, unique = labels.reshape(-1), rows is None
+        unique_rows, flat = rows is None, labels.reshape(-1)
         scored, places = flat != ignore_index, None
         if reads_are_free(flat):
             if not bool(scored.all()):
@@ -61,89 +68,76 @@ class Call:
             scored = None
         else:
             flat = flat.where(scored, -1)
-        grad = torch.is_grad_enabled()
-        wanted = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, *(lora or (None, None)))]
-        entropy = any(wanted) and entropy_grad and "entropy" in stats
-        needs = [*wanted[:3], entropy, *wanted[3:]]  # the fields of `Needs`
         # index(): a graph whose sizes are symbols is made for one H
         kind = (index(hidden.shape[-1]), entropy, softcap is not None, lora_compute)
         backend, fused, workspace, keep = _environment(hidden.device, compute, *kind)
         settings = Settings(
-            temperature,
-            logit_scale,
-            softcap,
-            ",".join(name for name in STATS if name in stats),
-            needs,
-            unique,
-            scored is not None,
-            compute,
-            lora_compute,
-            backend,
-            fused,
-            workspace,
-            keep,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            stats=",".join(name for name in STATS if name in stats),
+            needs=[*needs, entropy],
+            unique_rows=unique_rows,
+            ignored=scored is not None,
+            compute=compute,
+            lora_compute=lora_compute,
+            backend=backend,
+            fused=fused,
+            workspace=workspace,
+            keep=keep,
         )
-        return Call(flat, rows, scored, places, settings)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        lora_u = None if lora_u is None else lora_u.reshape(-1, lora_u.shape[-1])
+        return PreparedCall(Operands(hidden, weight, bias, lora_u, lora_b, flat, rows), settings, scored, places)
 
-    def run(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def run(self) -> dict[str, Tensor]:
         """Each result, (N,), by name."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        pair = (None, None) if lora is None else (lora[0].reshape(-1, lora[0].shape[-1]), lora[1])
         if self.settings.backend == "reference":
-            with without_autocast(flat.device):
-                return self._eager(flat, weight, bias, *pair)
-        found = run(flat, weight, bias, *pair, self.labels, self.rows, *self.settings)
+            with without_autocast(self.operands.hidden.device):
+                return self._by_definition()
         names = result_names(self.settings)
-        return dict(zip(names, found[: len(names)], strict=True))  # after the results comes what is saved
+        outputs = run(*self.operands, *self.settings)
+        return dict(zip(names, outputs[: len(names)], strict=True))  # after the results comes what is saved
 
-    def plan(self, hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Plan:
-        sizes = (hidden.shape[:-1].numel(), hidden.shape[-1], len(weight), 0 if lora is None else lora[1].shape[1])
-        dtypes = (hidden.dtype, weight.dtype)
-        gathered, flattened = self.rows is not None, _copies_when_flat(hidden)
-        shape = shape_of(self.settings, hidden.device, len(self.labels), sizes, dtypes, gathered, flattened)
-        return plan_of(self.settings, shape)
+    def plan(self, flattened: bool) -> Plan:
+        """flattened: the operands' hidden states are a copy, made to flatten them."""
+        x = self.operands
+        sizes, gathered = (len(x.labels), x.sizes, x.dtypes), x.rows is not None
+        return plan_of(self.settings, shape_of(self.settings, x.hidden.device, *sizes, gathered, flattened))
 
-    def spread(self, found: Tensor, labels: Tensor) -> Tensor:
-        """Results back in the labels' shape, 0 where ignored."""
+    def scatter_back(self, result: Tensor, labels: Tensor) -> Tensor:
+        """A result in the labels' shape, 0 where ignored."""
         if self.places is not None:
-            found = found.new_zeros(labels.numel()).index_copy(0, self.places, found)
+            result = result.new_zeros(labels.numel()).index_copy(0, self.places, result)
         elif self.scored is not None:
-            found = found.where(self.scored, found.new_zeros(()))
-        return found.view(labels.shape)
+            result = result.where(self.scored, result.new_zeros(()))
+        return result.view(labels.shape)
 
-    def _eager(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_hidden: Tensor | None,
-        lora_weight: Tensor | None,
-    ) -> dict[str, Tensor]:
-        settings = self.settings
-        if lora_hidden is not None and lora_weight is not None:
+    def _by_definition(self) -> dict[str, Tensor]:
+        settings, compute = self.settings, self.settings.compute
+        hidden, weight, bias, lora_u, lora_b, labels, rows = self.operands
+        if lora_u is not None and lora_b is not None:
             # the definition knows one product: the LoRA's factors beside the others, where the sum is formed in fp32
-            wide = torch.promote_types(settings.compute, torch.float32)
-            hidden, lora_hidden = hidden.to(settings.compute).to(wide), lora_hidden.to(settings.lora_compute).to(wide)
-            weight, lora_weight = weight.to(settings.compute).to(wide), lora_weight.to(settings.lora_compute).to(wide)
-            hidden, weight = torch.cat((hidden, lora_hidden), 1), torch.cat((weight, lora_weight), 1)
-            settings = settings._replace(compute=wide)
+            wide = torch.promote_types(compute, torch.float32)
+            hidden, lora_u = hidden.to(compute).to(wide), lora_u.to(settings.lora_compute).to(wide)
+            weight, lora_b = weight.to(compute).to(wide), lora_b.to(settings.lora_compute).to(wide)
+            hidden, weight, compute = torch.cat((hidden, lora_u), 1), torch.cat((weight, lora_b), 1), wide
         z = reference.logits(
-            hidden.to(settings.compute),
-            weight.to(settings.compute),
+            hidden.to(compute),
+            weight.to(compute),
             bias,
             temperature=settings.temperature,
             logit_scale=settings.logit_scale,
             softcap=settings.softcap,
         )
-        z = z if self.rows is None else z[self.rows]
-        labels = self.labels if self.scored is None else self.labels.clamp(min=0)
+        z = z if rows is None else z[rows]
+        labels = labels if self.scored is None else labels.clamp(min=0)
         stats = reference.token_stats(z, labels)
-        differentiable = ("entropy",) if Needs(*settings.needs).entropy else ()
-        asked_for = {name: stats[name] for name in result_names(settings)[1:]}
-        out = {name: x if name in differentiable else x.detach() for name, x in asked_for.items()}
-        return {"logprob": reference.logprob(z, labels), **out}
+        results = {"logprob": reference.logprob(z, labels)}
+        for name in result_names(settings)[1:]:
+            differentiable = name == "entropy" and Needs(*settings.needs).entropy
+            results[name] = stats[name] if differentiable else stats[name].detach()
+        return results
 
 
 @constant_in_graphs
@@ -162,7 +156,8 @@ def _environment(
     return backend, fused, workspace_bytes(), keep_bytes()
 
 
-def _copies_when_flat(hidden: Tensor) -> bool:
+def copies_when_flat(hidden: Tensor) -> bool:
+    """(..., H) cannot be seen as (R, H)."""
     try:
         hidden.view(-1, hidden.shape[-1])
     except RuntimeError:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastdpo.kernels import fused_offsets
 from fastdpo.kernels.fold import dlogits_tile, fold_tile
-from fastdpo.ops.linear_logprob.tiles import Logits, RowGradient, RowState
+from fastdpo.ops.linear_logprob.tiles import LogitSpec, RowGradient, RowState
 
 
 class TritonTiles:
@@ -19,13 +19,15 @@ class TritonTiles:
         local: Tensor,
         bias: Tensor | None,
         state: RowState,
-        how: Logits,
+        spec: LogitSpec,
         write: bool,
     ) -> None:
-        fold_tile(z, e, local, bias, **vars(state), scale=how.scale, softcap=how.softcap, cap=how.cap, write=write)
+        fold_tile(z, e, local, bias, **vars(state), scale=spec.scale, softcap=spec.softcap, cap=spec.cap, write=write)
 
-    def dlogits(self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, how: Logits) -> None:
-        options = {"scale": how.scale, "softcap": how.softcap, "cap": how.cap, "slope": how.slope}
+    def dlogits(
+        self, z: Tensor, e: Tensor, local: Tensor, bias: Tensor | None, row: RowGradient, spec: LogitSpec
+    ) -> None:
+        options = {"scale": spec.scale, "softcap": spec.softcap, "cap": spec.cap, "slope": spec.slope}
         dlogits_tile(z, e, local, bias, **vars(row), **options)
 
     def dlogits_kept(self, kept: Tensor, e: Tensor, local: Tensor, scale: Tensor, target: Tensor) -> None:

@@ -4,26 +4,25 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-import pyarrow.compute as pc
-import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.layouts import BATCH_LAYOUTS
-from fastdpo.data.tokenize_row import ID_COLUMNS
 from fastdpo.models.attention import FLEX, flex_refusal
 from fastdpo.models.backbone import decoder_config
 from fastdpo.models.document_attention import DOCUMENTS
 from fastdpo.models.forward import LogprobForward, unwrap_peft
-from fastdpo.ops.switches import widest_float
-from fastdpo.training.reference.inside_policy import evaluating
+from fastdpo.models.load import on_device
+from fastdpo.training.batches.probe import LayoutProbe, ProbeRows, difference, longest_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +30,6 @@ logger = logging.getLogger(__name__)
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite")
 # a row has room for a whole batch: FlexAttention skips what no token may see
 WHOLE_BATCH = 1 << 31
-# what two kernels of a right layout may differ by, root mean square over tokens, in nats
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 
 
 class Limit(NamedTuple):
@@ -83,110 +80,11 @@ def config_limit(model: nn.Module, longest: int | None) -> Limit:
     return Limit("shared")
 
 
-class Logprobs:
-    """Log-probs (M,) of a collated batch under a model: no dropout, no gradient, no random number drawn.
-
-    In float64 where the device has it.
-
-    device: where the model is trained; left out, where it is.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: LogprobForward,
-        prepare: Callable[[dict[str, Any]], dict[str, Any]],
-        autocast: Callable[[], AbstractContextManager[Any]],
-        device: torch.device | None = None,
-    ) -> None:
-        self.model, self.forward, self.prepare, self.autocast = model, forward, prepare, autocast
-        causal_lm = cast(PreTrainedModel, unwrap_peft(model))
-        self.device = next(causal_lm.parameters()).device if device is None else device
-        # what learned positions end at
-        self.positions: int | None = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        with autocast():
-            mixed = torch.is_autocast_enabled(self.device.type)
-            self.dtype = torch.get_autocast_dtype(self.device.type) if mixed else causal_lm.dtype
-
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            evaluating(self.model),
-            self.autocast(),
-            self.forward.installed(),
-        ):
-            return self.model(**self.prepare(batch))["logprob"].to(widest_float(self.device.type))
-
-
-def difference(logprobs: Logprobs, collator: DataCollatorForPreference, rows: Sequence[dict[str, Any]]) -> str | None:
-    """How a layout's log-probs of rows differ from those of padded rows, in words; None where they do not.
-
-    They may by three times what padding alone changes, and by rounding: root mean square over tokens.
-    """
-    padded = replace(collator, layout="padded", pad_to_multiple_of=None)
-    batch = padded(rows)
-    width = batch["input_ids"].shape[1]
-    wider = replace(padded, pad_to_multiple_of=max(width, min(width + 19, logprobs.positions or width + 19)))
-    wanted = logprobs(batch)
-    noise, off = _distance(logprobs(wider(rows)), wanted), _distance(logprobs(collator(rows)), wanted)
-    allowed = max(3 * noise, ROUNDING[logprobs.dtype])
-    logger.debug(f"{collator.layout}: {off:.3g} nats from padded, padding alone {noise:.3g}, allowed {allowed:.3g}.")
-    if off <= allowed:
-        return None
-    return f"log-probs of {collator.layout} rows are off by {off:.3g} nats a token, where rounding is {allowed:.3g}"
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Root mean square; infinite where a value is NaN."""
-    return float((one - other).square().mean().sqrt().nan_to_num(nan=math.inf))
-
-
-class Data(NamedTuple):
-    """What a layout is judged on: `rows` to compare on, and the longest sequence of the run, None where unknown."""
-
-    rows: list[dict[str, Any]]
-    longest: int | None
-
-    @classmethod
-    def of(cls, datasets: Sequence[Any], max_length: int | None) -> "Data":
-        """See `_telling_rows`, of the first dataset; streams show no rows."""
-        known = [dataset for dataset in datasets if isinstance(dataset, Dataset) and len(dataset)]
-        if len(known) < len(datasets) or not known:
-            return cls([], max_length)
-        return cls(_telling_rows(known[0], max_length), max(longest_sequence(one, max_length) for one in known))
-
-
-def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
-    """Tokens of the longest sequence after the cut."""
-    longest = max(p + max(c, r) for p, c, r in zip(*_lengths(dataset), strict=True))
-    return longest if max_length is None else min(longest, max_length)
-
-
-def _telling_rows(dataset: Dataset, max_length: int | None) -> list[dict[str, Any]]:
-    """The rows with the longest prompt, the longest sequence, and most tokens of prompt and both answers."""
-    limit = max_length or math.inf
-    lengths = [
-        (min(p, limit), min(p + c, limit), min(p + r, limit)) for p, c, r in zip(*_lengths(dataset), strict=True)
-    ]
-    together = [chosen + rejected - prompt for prompt, chosen, rejected in lengths]
-    keys = (lambda row: lengths[row][0], lambda row: max(lengths[row][1:]), lambda row: together[row])
-    # among equals, as many are where rows are cut, the one with most answer tokens to compare
-    found = {max(range(len(lengths)), key=lambda row: (key(row), together[row] - lengths[row][0])) for key in keys}
-    return [cast("dict[str, Any]", dataset[row]) for row in sorted(found)]
-
-
-def _lengths(dataset: Dataset) -> list[list[int]]:
-    table = dataset.with_format("arrow")
-    return [pc.call_function("list_value_length", [table[name][:]]).to_pylist() for name in ID_COLUMNS]
-
-
 def settle_layout(
     wanted: str,
     collator: DataCollatorForPreference,
-    models: Sequence[Logprobs],
-    data: Data,
+    models: Sequence[LayoutProbe],
+    data: ProbeRows,
     needs_padding: str = "",
     no_probe: str = "",
     compiled: bool = False,
@@ -232,7 +130,11 @@ def settle_layout(
 
 
 def check_given_layout(
-    collator: DataCollatorForPreference, models: Sequence[Logprobs], data: Data, needs_padding: str, no_probe: str
+    collator: DataCollatorForPreference,
+    models: Sequence[LayoutProbe],
+    data: ProbeRows,
+    needs_padding: str,
+    no_probe: str,
 ) -> None:
     """Raise `ValueError` where the layout of a collator that somebody gave would give other log-probs."""
     limit = _limit(models, data, needs_padding)
@@ -247,14 +149,16 @@ def check_given_layout(
         )
 
 
-def _limit(models: Sequence[Logprobs], data: Data, needs_padding: str) -> Limit:
+def _limit(models: Sequence[LayoutProbe], data: ProbeRows, needs_padding: str) -> Limit:
     if needs_padding:
         return Limit("padded", needs_padding)
     limits = [config_limit(one.model, data.longest) for one in models]
     return min(limits, key=lambda limit: BATCH_LAYOUTS.index(limit.widest))
 
 
-def _refusal(laid: DataCollatorForPreference, models: Sequence[Logprobs], data: Data, no_probe: str) -> str | None:
+def _refusal(
+    laid: DataCollatorForPreference, models: Sequence[LayoutProbe], data: ProbeRows, no_probe: str
+) -> str | None:
     if no_probe:
         plain = all(one.forward.model.config.model_type in PLAIN for one in models)
         return None if plain else f"{laid.layout} rows were not compared with padded ones: {no_probe}"
@@ -265,7 +169,7 @@ def _refusal(laid: DataCollatorForPreference, models: Sequence[Logprobs], data: 
 
 
 def _ways(
-    collator: DataCollatorForPreference, models: Sequence[Logprobs], compiled: bool
+    collator: DataCollatorForPreference, models: Sequence[LayoutProbe], compiled: bool
 ) -> Iterator[tuple[DataCollatorForPreference, str | None]]:
     """How rows of a layout can be attended to, the best first: the collator, and the attention to switch to.
 
@@ -287,3 +191,105 @@ def _ways(
     if all(kind == "sdpa" for kind in kinds) and not compiled:
         yield replace(collator, max_row_tokens=WHOLE_BATCH), DOCUMENTS
     yield collator, None
+
+
+class BatchLayout(NamedTuple):
+    """How a run's batches are laid out: the collator that makes them, and one line that says the layout and why.
+
+    window: how far the models' attention reaches back, where rows of several sequences rely on it. max_length: where
+    the collator cuts.
+    """
+
+    collator: Any
+    description: str
+    window: int | None = None
+    max_length: int | None = None
+
+    def check(self, dataset: Any, name: str) -> None:
+        """Refuse a dataset that came after the layout was chosen, and for which it would not be exact."""
+        if self.window is None:
+            return
+        if isinstance(dataset, Dataset):
+            longest = longest_sequence(dataset, self.max_length) if len(dataset) else 0
+            what = f"has a sequence of {longest} tokens"
+        else:
+            longest = math.inf if self.max_length is None else self.max_length
+            what = f"is a stream, whose sequences may have {longest} tokens"
+        if longest > self.window:
+            raise ValueError(
+                f"{name} {what}, the model's attention reaches back {self.window} and batches are "
+                f"{self.description}, which is not exact then; use batch_layout='padded', or a max_length "
+                "within the window."
+            )
+
+
+def choose_layout(
+    args: DPOConfig,
+    collator: Any,
+    own_collator: bool,
+    datasets: Sequence[Any],
+    models: Sequence[tuple[nn.Module, LogprobForward]],
+    inputs_of: Callable[[dict[str, Any]], dict[str, Any]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    router_loss: bool,
+    sharded: bool,
+) -> BatchLayout:
+    """The layout of a run's batches, the same in every process; models get their attention.
+
+    Args:
+        own_collator: the collator is the user's own and decides.
+        datasets: of training and evaluation, tokenized.
+        models: the policy, and a reference model of its own, each with its log-prob forward.
+        inputs_of: a batch -> the inputs of such a forward.
+        router_loss: the router's auxiliary loss is part of the loss. sharded: FSDP will split the weights.
+
+    Raises:
+        ValueError: the layout that was asked for would give other log-probs.
+    """
+    forwards = [forward for _, forward in models]
+    if args.world_size > 1:
+        # one process may have tried a forward for which the others do not hold the weights yet
+        for forward, route in zip(forwards, broadcast_object_list([f.route for f in forwards]), strict=True):
+            forward.route = route
+    description = "as the given data_collator makes them"
+    if own_collator:
+        if args.batch_layout not in ("auto", "padded"):
+            raise ValueError(
+                f"batch_layout {args.batch_layout!r} and a data_collator both say how batches are laid out; leave "
+                "one out, or pass DataCollatorForPreference(..., layout=...)."
+            )
+        if not isinstance(collator, DataCollatorForPreference) or collator.layout == "padded":
+            return BatchLayout(collator, description)
+    max_length = collator.max_length
+    rows = ProbeRows.of(datasets, max_length)
+    no_probe = "" if rows.rows else "there is no whole dataset to look at"
+    if sharded or any(p.is_meta or p.numel() == 0 for p in models[0][0].parameters()):
+        no_probe = "the weights are split over processes"
+    needs_padding = ""
+    if router_loss:
+        needs_padding = "the router's auxiliary loss counts the tokens of padded rows"
+    elif args.neftune_noise_alpha:
+        needs_padding = "NEFTune scales its noise by the length of a row"
+    with ExitStack() as stack:
+        if not no_probe:
+            for model, _ in models:
+                stack.enter_context(on_device(model, args.device))
+        probes = [LayoutProbe(*model, inputs_of, autocast, args.device) for model in models]
+        if own_collator:
+            check_given_layout(collator, probes, rows, needs_padding, no_probe)
+        else:
+            collator, description = settle_layout(
+                args.batch_layout, collator, probes, rows, needs_padding, no_probe, bool(args.torch_compile)
+            )
+    if args.world_size > 1 and not own_collator:
+        # rounding may tell processes different things
+        collator, description, attention = broadcast_object_list([collator, description, forwards[0].attention])
+        for forward in forwards:
+            forward.attention = attention
+    reach = None
+    if collator.layout != "padded":
+        sizes = [window(cast(PreTrainedModel, unwrap_peft(model)).config.get_text_config()) for model, _ in models]
+        reach = min((size for size in sizes if size is not None), default=None)
+    if args.should_log:
+        logger.warning(f"batches: {description}.")
+    return BatchLayout(collator, description, reach, max_length)

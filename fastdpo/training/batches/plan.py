@@ -6,16 +6,25 @@ most batches sets the number, and the others split their largest.
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
-from torch.utils.data import Sampler
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
+from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.tokenize_row import ID_COLUMNS, common_prefix_length
+from fastdpo.training.checkpoints.folders import CheckpointError
+from fastdpo.training.checkpoints.stop_signals import left_to_the_trainer
+
+logger = logging.getLogger(__name__)
 
 Order = Callable[[int], Sequence[int]]
 Batch = list[int]
@@ -157,3 +166,106 @@ def tokens_of_pairs(dataset: Dataset, collator: DataCollatorForPreference) -> li
             shared = min(shared, *kept)
         tokens.append(sum(kept) - shared)
     return tokens
+
+
+def plan_batches(args: DPOConfig, dataset: Any, collator: Any) -> BatchPlan:
+    """The plan of `max_tokens_per_batch`. Raises ValueError for a stream, and for a collator that is not known."""
+    if isinstance(dataset, IterableDataset) or dataset is None:
+        raise ValueError("max_tokens_per_batch plans the batches of all epochs, which needs a whole train_dataset.")
+    if not isinstance(collator, DataCollatorForPreference):
+        raise ValueError(
+            f"max_tokens_per_batch needs to know how batches are made, and data_collator is a "
+            f"{type(collator).__name__}; leave one out, or pass a DataCollatorForPreference."
+        )
+    assert args.max_tokens_per_batch is not None
+    pairs, seed = args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed
+    tokens = tokens_of_pairs(cast(Dataset, dataset), collator)
+    # the older of the transformers that this works with call it group_by_length
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    strategy = "group_by_length" if getattr(args, "group_by_length", False) else strategy
+    if strategy == "sequential":
+        order: Order = lambda epoch: range(len(tokens))  # noqa: E731
+    elif strategy == "random":
+        order = shuffled(len(tokens), seed)
+    else:
+        order = by_length(tokens, seed, pairs)
+    plan = BatchPlan(
+        tokens,
+        args.max_tokens_per_batch,
+        pairs,
+        order,
+        padded=collator.layout == "padded",
+        processes=args.world_size,
+        epochs=args.num_train_epochs,
+        steps=args.max_steps if args.max_steps > 0 else None,
+        accumulation=args.gradient_accumulation_steps,
+    )
+    if args.should_log:
+        logger.warning(f"max_tokens_per_batch: {plan}.")
+    return plan
+
+
+def planned_loader(
+    plan: BatchPlan, dataset: Any, collator: Any, args: DPOConfig, epoch: Callable[[], float]
+) -> DataLoader:
+    """This process's batches. The plan knows the processes, so the loader is not one that accelerate shards."""
+    return DataLoader(
+        dataset,
+        batch_sampler=PlannedBatches(plan, args.process_index, lambda: math.floor(epoch())),
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=partial(left_to_the_trainer, None),
+    )
+
+
+class TokenBatches:
+    """The planned batches of a run, where it has any: a `Part` of its checkpoints, and what a batch's mean weighs.
+
+    plan: makes the plan, once it is needed.
+    """
+
+    def __init__(self, args: DPOConfig, accelerator: Accelerator, plan: Callable[[], BatchPlan]) -> None:
+        self.args, self.accelerator, self._make = args, accelerator, plan
+        self._plan: BatchPlan | None = None
+        # of one update: this process's batches, and the pairs of all processes in theirs
+        self._batches, self._pairs = 1, cast("int | Tensor", 0)
+
+    def plan(self) -> BatchPlan | None:
+        if self._plan is None and self.args.max_tokens_per_batch is not None:
+            self._plan = self._make()
+        return self._plan
+
+    def begin_update(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """This process's batches of the next update."""
+        if self._plan is None:
+            return
+        pairs, self._batches = sum(len(batch["lengths"]) // 2 for batch in batches), len(batches)
+        if self.args.world_size > 1:
+            mine = torch.tensor([pairs], device=self.args.device)
+            self._pairs = cast(Tensor, self.accelerator.gather(mine)).sum()
+        else:
+            self._pairs = pairs
+
+    def weight(self, pairs: int) -> float | Tensor:
+        """What makes a batch's mean over `pairs` its part of the mean over all pairs of an update.
+
+        Trainer divides by the number of batches, and gradients are averaged over processes. 1 where every batch holds
+        as many pairs (`per_device_train_batch_size`), as Trainer has it.
+        """
+        return 1.0 if self._plan is None else pairs * self._batches * self.args.world_size / self._pairs
+
+    def state_dict(self) -> dict[str, Any]:
+        plan = self.plan()
+        return {} if plan is None else {"batch_plan": plan.fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Raises CheckpointError where the checkpoint's run went through other batches."""
+        if state is not None and state.get("batch_plan") != self.state_dict().get("batch_plan"):
+            raise CheckpointError(
+                "cannot resume: the checkpoint's run went through other batches (max_tokens_per_batch, batch size, "
+                "epochs, seed, processes, layout or data are different), so that pairs would be seen twice or never; "
+                "go on with the arguments that it began with."
+            )

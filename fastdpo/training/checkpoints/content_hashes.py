@@ -9,11 +9,13 @@ import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from transformers import TrainingArguments
 
 from fastdpo.files import write_atomic
 
@@ -52,6 +54,19 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """The hashes of those of `names` that are files in `folder`."""
     return {name: file_hash(folder / name) for name in names if (folder / name).is_file()}
+
+
+def hash_checkpoint(folder: Path, args: TrainingArguments) -> dict[str, str]:
+    """The hashes of all files in `folder`, by all processes; of those that this machine has where each has its own."""
+    if args.world_size == 1 or args.save_on_each_node:
+        return hash_files(folder, files_of(folder)) if args.should_save else {}
+    # each process looks at its share
+    names = cast(Any, broadcast_object_list([files_of(folder) if args.process_index == 0 else None]))[0]
+    mine = hash_files(folder, names[args.process_index :: args.world_size])
+    hashes = dict(gather_object(list(mine.items())))
+    if args.process_index == 0:  # files that the others do not see
+        hashes |= hash_files(folder, [name for name in names if name not in hashes])
+    return hashes
 
 
 def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:

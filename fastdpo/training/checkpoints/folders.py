@@ -10,13 +10,10 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -47,14 +44,6 @@ class CheckpointError(ValueError):
 
 class CheckpointNotWritten(RuntimeError):
     """A checkpoint (nothing of it is left), or the model, could not be written; the message is one sentence."""
-
-
-class ReferenceState(dict[str, Tensor]):
-    """A reference's tensors by name, and in words its `kind`: those of another kind may have the same names."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
-        super().__init__(tensors)
-        self.kind = kind
 
 
 def staging_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
@@ -268,34 +257,6 @@ def _check_kind(folder: str | os.PathLike[str], sharded: bool, adapter: bool | N
 def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write what a checkpoint of transformers lacks: running sums that are not logged yet."""
     write_atomic(Path(folder) / STATE_NAME, json.dumps(state, indent=1))
-
-
-def save_reference(folder: str | os.PathLike[str], state: ReferenceState) -> None:
-    """Write a reference that cannot be made again from the run's arguments; nothing where `state` is empty."""
-    if state:
-        # a model's parameters may be views of one another
-        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_file(tensors, Path(folder) / REFERENCE_NAME, metadata={"kind": state.kind})
-
-
-def load_reference(folder: str | os.PathLike[str], wanted: bool) -> ReferenceState:
-    """Read it back; empty where none is `wanted` and the checkpoint has none.
-
-    Raises:
-        CheckpointError: one of the two is the case and the other is not.
-    """
-    path = Path(folder) / REFERENCE_NAME
-    if path.is_file() != wanted:
-        has, needs = ("a", "none") if path.is_file() else ("no", "one")
-        raise CheckpointError(
-            f"cannot resume from {folder}: it has {has} reference of its own (sync_ref_model, or an adapter that is "
-            f"trained further) and this run needs {needs}; go on with the arguments that the run began with."
-        )
-    if not wanted:
-        return ReferenceState({}, "none")
-    with safe_open(path, framework="pt") as file:
-        kind = (file.metadata() or {}).get("kind", "of an unknown kind")
-    return ReferenceState(load_file(path), kind)
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

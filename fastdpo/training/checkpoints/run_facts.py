@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
+from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.models.adapters import trained_adapter
+from fastdpo.training.checkpoints.folders import CheckpointError
 from fastdpo.training.reference.fingerprints import data_hash
+
+logger = logging.getLogger(__name__)
 
 # what activation checkpointing, FSDP and torch.compile put into a parameter's name
 _WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
@@ -25,6 +30,67 @@ _NOT_COMPARED = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor",),
 }
+
+
+class RunFacts:
+    """The facts of this run, as a `Part` of its checkpoints.
+
+    model: the policy, not wrapped. datasets: of training and of evaluation, as Trainer takes them. reference: what it
+    is, for a program (`Reference.origin`).
+    """
+
+    def __init__(
+        self, args: DPOConfig, model: Any, train_dataset: Any, eval_dataset: Any, reference: Mapping[str, Any]
+    ) -> None:
+        self.args, self.model, self.reference = args, model, reference
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self._at_start: dict[str, Any] | None = None
+        self._facts: dict[str, Any] | None = None
+
+    def begin(self) -> None:
+        """Training begins: from now on Trainer may change what it was given."""
+        self._facts, self._at_start = None, facts_at_start(self.args.to_dict(), self.model)
+
+    def facts(self) -> dict[str, Any]:
+        if self._facts is None:
+            started = self._at_start or facts_at_start(self.args.to_dict(), self.model)
+            self._facts = run_facts(
+                started, self.args.world_size, self.model, self.train_dataset, self.eval_dataset, self.reference
+            )
+        return self._facts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.facts()}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Raises CheckpointError where the checkpoint's run cannot go on as this one; other differences are logged."""
+        if state is not None and isinstance(state.get("run"), dict):
+            self._compare(state["run"], self.facts())
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        other_data = None not in (old.get(DATA), new[DATA]) and old[DATA] != new[DATA]
+        if other_data and not self.args.resume_with_other_data:
+            raise CheckpointError(
+                "cannot resume: the checkpoint's run trained on other rows (their token ids differ, or their order), "
+                "so that the steps done and to do would be of two data sets; give the data that it began with, or set "
+                "resume_with_other_data."
+            )
+        if TRAINED in old and old[TRAINED] != new[TRAINED]:
+            raise CheckpointError(
+                f"cannot resume: the checkpoint's run trained other weights ({old[TRAINED]} where this run has "
+                f"{new[TRAINED]}), and an optimizer's state goes by their order; train the same, or start from the "
+                "model in the checkpoint without resuming."
+            )
+        optimizers = [str(facts.get("optim")) for facts in (old, new)]
+        if optimizers[0] != optimizers[1] and not all(name.startswith("adamw_torch") for name in optimizers):
+            raise CheckpointError(
+                f"cannot resume: the checkpoint has the state of optim {optimizers[0]}, and this run has "
+                f"{optimizers[1]}; go on with the same, or start from the model in the checkpoint without resuming."
+            )
+        differ = differences(old, new)
+        if self.args.should_log and (differ or other_data):
+            data = ["the rows are others"] if other_data else []
+            logger.warning(f"resume: this run differs from the checkpoint's: {'; '.join([*data, *differ])}.")
 
 
 def facts_at_start(arguments: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -9,10 +9,18 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from fastdpo.models.adapters import plain_weights
 from fastdpo.models.forward import LogprobForward
-from fastdpo.training.checkpoints.folders import ReferenceState
+
+
+class ReferenceState(dict[str, Tensor]):
+    """A reference's tensors by name, and in words its `kind`: those of another kind may have the same names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
+        super().__init__(tensors)
+        self.kind = kind
 
 
 class Reference(ABC):
@@ -39,17 +47,21 @@ class Reference(ABC):
         """The configuration beside these tensors: of the model, and of an adapter."""
         raise NotImplementedError
 
-    def state(self) -> ReferenceState:
+    def callbacks(self, policy: nn.Module) -> list[TrainerCallback]:
+        """What it does while the policy is trained."""
+        return []
+
+    def state_dict(self) -> ReferenceState:
         """What a checkpoint must keep for a resumed run to have the same reference; empty where nothing."""
         return ReferenceState({}, "none")
 
-    def load_state(self, state: ReferenceState) -> None:
-        """Go on with the `state` of a checkpoint.
+    def load_state_dict(self, state: ReferenceState) -> None:
+        """Go on with the `state_dict` of a checkpoint.
 
         Raises:
             ValueError: it belongs to a reference of another kind, or to other weights.
         """
-        mine = self.state()
+        mine = self.state_dict()
         if state.kind != mine.kind:
             raise ValueError(
                 f"its reference is {state.kind} and this run's is {mine.kind}; go on with the arguments that the run "

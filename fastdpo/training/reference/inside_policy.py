@@ -1,7 +1,7 @@
 """References that live in the policy's own model: one base model in memory."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -9,9 +9,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastdpo.models.adapters import Switch, adapter_off, adapter_on, plain_weights, trained_adapter
-from fastdpo.training.checkpoints.folders import ReferenceState
-from fastdpo.training.reference.base import Reference
+from fastdpo.models.adapters import (
+    Switch,
+    adapter_off,
+    adapter_on,
+    evaluating,
+    find_peft,
+    plain_weights,
+    trained_adapter,
+)
+from fastdpo.training.reference.base import Reference, ReferenceState
 
 
 class InsidePolicy(Reference):
@@ -99,25 +106,9 @@ class StartWeights(InsidePolicy):
         with torch.no_grad(), evaluating(policy):
             return functional_call(find_peft(policy), self.start, kwargs=inputs, strict=False)["logprob"]
 
-    def state(self) -> ReferenceState:
+    def state_dict(self) -> ReferenceState:
         return ReferenceState(self.start, self.kind)
 
-    def load_state(self, state: ReferenceState) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: ReferenceState) -> None:
+        super().load_state_dict(state)
         self.start = {name: state[name].to(tensor.device) for name, tensor in self.start.items()}
-
-
-def find_peft(model: nn.Module) -> PeftModel:
-    """The PEFT model, or the one inside a wrapper."""
-    return next(module for module in model.modules() if isinstance(module, PeftModel))
-
-
-@contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
-    """No dropout, no NEFTune noise, no activation checkpointing."""
-    training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(training)

@@ -4,21 +4,21 @@ import gc
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import REFERENCE_COLUMNS
 from fastdpo.losses.from_tokens import SequenceLogps
+from fastdpo.models.load import on_device
 from fastdpo.training.reference.base import FrozenModel, Reference
 from fastdpo.training.reference.fingerprints import reference_settings
 from fastdpo.training.reference.inside_policy import StartingPolicy
@@ -51,10 +51,19 @@ class PrecomputedReference(Reference):
             logger.warning(f"batches without precomputed log-probs: the reference is run ({self.source.description}).")
         return self.source(policy, inputs)
 
-    def policy_moves(self) -> None:
-        """From now on the policy is not the starting policy any more."""
-        if isinstance(self.source, StartingPolicy):
-            self.source = None
+    def callbacks(self, policy: nn.Module) -> list[TrainerCallback]:
+        return [_PolicyMoves(self)]
+
+
+class _PolicyMoves(TrainerCallback):
+    """From the first step on the policy is not the starting policy any more."""
+
+    def __init__(self, reference: PrecomputedReference) -> None:
+        self.reference = reference
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.reference.source, StartingPolicy):
+            self.reference.source = None
 
 
 def stored_logps(batch: Mapping[str, Tensor]) -> SequenceLogps | None:
@@ -73,14 +82,14 @@ def precompute(
     datasets: Datasets,
     args: DPOConfig,
     accelerator: Accelerator,
-    logps: Callable[[Reference, list[dict[str, Any]]], tuple[SequenceLogps, Tensor]],
+    logps: Callable[[list[dict[str, Any]]], tuple[SequenceLogps, Tensor]],
     collator: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PrecomputedReference, Datasets]:
     """The reference without its model, and the datasets ("train", "eval", "eval-a", ...) with its log-probs.
 
-    logps: reference, rows -> sums, tails and lengths of the pairs. Datasets that have log-probs in their columns
-    already (`ref_chosen_logps`, `ref_rejected_logps`) keep them; all or none must.
+    logps: rows -> the reference's sums and tails, and the lengths of the completions. Datasets that have log-probs in
+    their columns already (`ref_chosen_logps`, `ref_rejected_logps`) keep them; all or none must.
 
     Raises:
         ValueError, StaleLogpsError: one sentence, see `given_logps` and `with_reference_logps`.
@@ -107,7 +116,7 @@ def precompute(
     for name, dataset in datasets.items():
         usual = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
         work = Pass(
-            logps=lambda rows: logps(reference, rows),
+            logps=logps,
             settings=settings,
             notes=notes,
             batch_size=args.precompute_ref_batch_size or usual,
@@ -121,20 +130,6 @@ def precompute(
     description = f"log-probs precomputed in {root} from {reference.description}"
     source = None if isinstance(reference, FrozenModel) else reference
     return PrecomputedReference(description, source, {**reference.origin, "precomputed": str(root)}), done
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Where FSDP or DeepSpeed leave a model on the CPU until training, it is on `device` for a while."""
-    found = next(model.parameters()).device
-    moves = found.type == "cpu" and device.type != "cpu" and not hasattr(model, "hf_device_map")
-    if moves:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if moves:
-            model.to(found)
 
 
 def given_logps(datasets: Datasets, args: DPOConfig) -> bool:
@@ -176,10 +171,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def as_datasets(train: Any, evals: Any) -> Datasets:
-    """Training and evaluation sets by name."""
-    several = isinstance(evals, dict)
-    named = {"train": train, **({f"eval-{key}": value for key, value in evals.items()} if several else {"eval": evals})}
-    return {name: cast(Dataset, dataset) for name, dataset in named.items() if dataset is not None}

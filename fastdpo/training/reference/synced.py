@@ -18,8 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.models.adapters import trained_adapter
 from fastdpo.ops.switches import widest_float
-from fastdpo.training.checkpoints.folders import ReferenceState
-from fastdpo.training.reference.base import FrozenModel
+from fastdpo.training.reference.base import FrozenModel, ReferenceState
 from fastdpo.training.reference.inside_policy import StartWeights
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,9 @@ class SyncedModel(FrozenModel):
                 "ref_model out, so that the reference starts as the policy."
             )
 
+    def callbacks(self, policy: nn.Module) -> list[TrainerCallback]:
+        return [SyncCallback(self, policy)]
+
     @torch.no_grad()
     def mix(self, policy: nn.Module, alpha: float) -> str:
         """Apply the rule; what there is to say of it."""
@@ -46,12 +48,12 @@ class SyncedModel(FrozenModel):
             mine.mul_(1.0 - alpha).add_(other.to(mine), alpha=alpha)
         return ""
 
-    def state(self) -> ReferenceState:
+    def state_dict(self) -> ReferenceState:
         return ReferenceState(dict(self.model.named_parameters()), "a model mixed with the policy (sync_ref_model)")
 
     @torch.no_grad()
-    def load_state(self, state: ReferenceState) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: ReferenceState) -> None:
+        super().load_state_dict(state)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[name])
 
@@ -74,6 +76,9 @@ class SyncedAdapter(StartWeights):
         # a factor that is frozen is part of the delta as well
         self.start = {name: parameters[name].detach().clone() for pair in self.layers for name in pair}
 
+    def callbacks(self, policy: nn.Module) -> list[TrainerCallback]:
+        return [SyncCallback(self, policy)]
+
     @torch.no_grad()
     def mix(self, policy: nn.Module, alpha: float) -> str:
         """Apply the rule; the factors' largest rank and what recompression left out."""
@@ -94,8 +99,8 @@ class SyncedAdapter(StartWeights):
             rank = max(rank, len(a))
         return f", rank up to {rank}, recompression left out at most {left_out:.1e} of a layer's delta"
 
-    def load_state(self, state: ReferenceState) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: ReferenceState) -> None:
+        super().load_state_dict(state)
         for a_name, b_name in self.layers:
             if len(self.start[a_name]) != self.start[b_name].shape[1]:
                 raise ValueError(f"the checkpoint's reference has factors that do not fit together ({a_name})")
@@ -163,7 +168,7 @@ def lora_factors(policy: PeftModel) -> list[tuple[str, str]]:
 class SyncCallback(TrainerCallback):
     """Mixes after every `ref_model_sync_steps` optimizer steps, before the step's checkpoint is written."""
 
-    def __init__(self, reference: SyncedModel | SyncedAdapter, policy: nn.Module) -> None:
+    def __init__(self, reference: "SyncedModel | SyncedAdapter", policy: nn.Module) -> None:
         self.reference, self.policy = reference, policy
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

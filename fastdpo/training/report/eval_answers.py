@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from fastdpo.models.adapters import evaluating, find_peft
 from fastdpo.models.generate import generate_answer
 from fastdpo.training.reference.base import FrozenModel, Reference
-from fastdpo.training.reference.inside_policy import AdapterOff, OtherAdapter, evaluating, find_peft
+from fastdpo.training.reference.inside_policy import AdapterOff, OtherAdapter
 from fastdpo.training.report.metric_files import FOLDER
 from fastdpo.training.report.patient_files import PatientFiles
 
@@ -22,6 +23,19 @@ logger = logging.getLogger(__name__)
 
 NAME = "answers.jsonl"
 NEW_TOKENS = 128
+
+
+def answers_of(trainer: Any, files: PatientFiles, sharded: bool) -> "list[EvaluationAnswers]":
+    """The callback of a `DPOTrainer` whose arguments ask for answers. sharded: no process holds whole weights."""
+    if not trainer.args.generate_during_eval:
+        return []
+    evals = trainer.eval_dataset
+    dataset = next(iter(evals.values())) if isinstance(evals, dict) else evals
+    if not isinstance(dataset, Dataset) or sharded:
+        why = "FSDP and DeepSpeed split the weights" if sharded else "there is no whole eval_dataset"
+        logger.warning(f"generate_during_eval is not used: {why}.")
+        return []
+    return [EvaluationAnswers(trainer.model, trainer.tokenizer, dataset, trainer.reference, files)]
 
 
 class EvaluationAnswers(TrainerCallback):

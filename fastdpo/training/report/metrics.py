@@ -1,9 +1,11 @@
 """DPO's metrics under TRL's names, kept on the device until they are logged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from fastdpo.losses import PairLogps, PreferenceOutput
@@ -174,3 +176,59 @@ class MetricSums:
     def clear(self) -> None:
         self._sums = None
         self._margins = []
+
+
+class MetricWindow:
+    """The sums between two logs, of training and of the evaluation that runs; a `Part` of checkpoints.
+
+    Attributes:
+        num_tokens: of all steps that were logged, over all processes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.training, self.evaluation = MetricSums(), MetricSums()
+        self.num_tokens = 0
+        # of steps before a checkpoint that this process did not run: no part of its speed
+        self._tokens_before = 0
+
+    def close(self) -> tuple[dict[str, float], int]:
+        """The means over all processes since the last log, {} where no step was trained, and how many tokens this run
+        went through meanwhile; the next window begins."""
+        totals, margins = self._totals(), self._margins()
+        self.training.clear()
+        means = averages(totals)
+        if not means:
+            return {}, 0
+        tokens = int(totals[COLUMNS.index("num_tokens")])
+        self.num_tokens += tokens
+        mine, self._tokens_before = tokens - self._tokens_before, 0
+        return means | margin_quantiles(margins), mine
+
+    def evaluated(self) -> dict[str, float]:
+        """The means and quantiles of the evaluation that ended. The loss too: Trainer's mean counts the pairs that fill
+        the last batch of several processes."""
+        device = self.accelerator.device
+        totals = self.evaluation.tensor(device).tolist()
+        return averages(totals) | margin_quantiles(self.evaluation.margins(device))
+
+    def _totals(self) -> list[float]:
+        sums = self.training.tensor(self.accelerator.device)
+        return cast(Tensor, self.accelerator.reduce(sums.clone(), reduction="sum")).tolist()
+
+    def _margins(self) -> Tensor:
+        """The window's margins of all processes; NaN where one has fewer than another."""
+        margins = self.training.margins(self.accelerator.device)
+        padded = self.accelerator.pad_across_processes(margins, pad_index=cast(int, float("nan")))
+        return cast(Tensor, self.accelerator.gather(cast(Tensor, padded)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_tokens": self.num_tokens, "metric_sums": self._totals(), "margins": self._margins().tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        self.num_tokens = state["num_tokens"] if state else 0
+        self._tokens_before = int(state["metric_sums"][COLUMNS.index("num_tokens")]) if state else 0
+        self.training.clear()
+        # the sums of all processes go on in one of them
+        if state and self.accelerator.process_index == 0:
+            self.training.load(state["metric_sums"], state["margins"], self.accelerator.device)

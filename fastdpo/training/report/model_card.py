@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from peft import PeftModel
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.escaping import markdown_code, markdown_fence, markdown_text
 from fastdpo.files import write_atomic
 from fastdpo.losses import LossOptions
+from fastdpo.models.adapters import trained_adapter
 from fastdpo.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,40 @@ class Card:
         rows = [[name, *(_number(column[name]) for column in found.values())] for name in METRICS]
         rows = [row for row in rows if any(row[1:])]
         return ["## Metrics\n", _table(["", *found], rows)] if rows else []
+
+
+def card_of(
+    trainer: Any,
+    name: str | None,
+    base: str | None,
+    data: str | list[str] | None,
+    tags: str | list[str] | None,
+    pipeline: str | list[str] | None,
+    extra: Mapping[str, Any],
+) -> Card:
+    """What a `DPOTrainer` trained; the other arguments go before what it knows. extra: entries that may be None."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter, details, rows = isinstance(model, PeftModel), trainer.card_details, trainer.train_dataset
+    origin = model.peft_config[trained_adapter(model)].base_model_name_or_path if adapter else model.name_or_path
+    entries = {**extra, "pipeline_tag": (_listed(pipeline) or ["text-generation"])[0]}
+    return Card(
+        name=name or Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).resolve().name,
+        is_adapter=adapter,
+        base=base or origin or details.get("base"),
+        data=_listed(data) or details.get("data") or hub_names(rows),
+        pairs=len(rows) if hasattr(rows, "__len__") else None,
+        reference=trainer.reference_description,
+        args=trainer.args,
+        steps=trainer.state.global_step,
+        logs=trainer.state.log_history,
+        command=details.get("command"),
+        tags=_listed(tags),
+        extra={name: value for name, value in entries.items() if value is not None},
+    )
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def write_card(folder: str, text: str) -> bool:

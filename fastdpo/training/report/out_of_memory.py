@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from fastdpo.config.dpo_config import DPOConfig
 
@@ -80,7 +81,7 @@ def _explain(error: Exception, sentence: Callable[[Exception], str]) -> None:
         error.args = ("\n".join([*map(str, error.args), text]),)
 
 
-class MemoryWatch:
+class MemoryWatch(TrainerCallback):
     """Knows which batch is at work, and says it where memory runs out.
 
     layout: gives the name of the batches' layout. adapter: gives whether only an adapter is trained.
@@ -95,13 +96,15 @@ class MemoryWatch:
         """`work` ("training", "evaluation" or "precomputing") on a batch begins. Neither copies nor waits."""
         self._work, self._batch = work, {name: batch[name] for name in _SHAPES if name in batch}
 
-    def at_update(self) -> None:
-        """The gradients are there; the optimizer's turn."""
-        self._work = "update"
-
     def at_rest(self) -> None:
         """Between two steps: metrics, checkpoints."""
         self._work = "rest"
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._work = "update"
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.at_rest()
 
     @contextmanager
     def explained(self) -> Iterator[None]:

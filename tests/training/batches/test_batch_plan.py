@@ -120,7 +120,7 @@ def test_an_update_is_the_mean_over_its_pairs(tmp_path: Path, layout: str) -> No
     found, parts_loss, trainer = gradients(
         max_tokens_per_batch=70, gradient_accumulation_steps=30, batch_layout=layout, per_device_train_batch_size=14
     )
-    sizes = {len(batch) for batch in trainer._batch_plan().batches(0)}
+    sizes = {len(batch) for batch in trainer.batches.plan().batches(0)}
     assert len(sizes) > 1, "batches of one size would hide a wrong weight"
     assert parts_loss == pytest.approx(loss, rel=1e-9)
     for name, gradient in whole.items():
@@ -155,12 +155,12 @@ def test_a_run_killed_inside_an_epoch_sees_every_pair_once(
     whole = make(tmp_path / "whole", **options)
     whole.train()
     undisturbed, seen[:] = list(seen), []
-    batches = whole._batch_plan().length
+    batches = whole.batches.plan().length
     killed_at = batches + batches // 2
     with pytest.raises(Killed):
         make(tmp_path / "run", [KillAt()], **options).train()
     # the step that was killed has no checkpoint, and is trained again
-    again = len(whole._batch_plan().batches(1)[killed_at - batches - 1])
+    again = len(whole.batches.plan().batches(1)[killed_at - batches - 1])
     before = seen[:-again]
     seen[:] = []
     resumed = make(tmp_path / "run", **options)
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_other_batches_is_refused(tmp_path: Path) -> None:
 def test_grouping_by_its_older_name(tmp_path: Path) -> None:
     run = make(tmp_path, max_tokens_per_batch=60)
     run.args.group_by_length = True  # pyright: ignore[reportAttributeAccessIssue] a field of transformers 5.0
-    plan = run._batch_plan()
+    plan = run.batches.plan()
     assert plan is not None
     assert plan.order(0) == by_length(plan.tokens, run.args.seed, 4)(0)
     assert plan.order(0) != shuffled(14, run.args.seed)(0)

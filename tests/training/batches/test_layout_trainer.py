@@ -15,7 +15,7 @@ from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.models import attention
 from fastdpo.models.document_attention import DOCUMENTS
 from fastdpo.models.load import disable_dropout
-from fastdpo.training.batches.layout import Data
+from fastdpo.training.batches.probe import ProbeRows
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "initializer_range": 0.3}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
@@ -73,7 +73,7 @@ def test_re_entrant_checkpointing_keeps_the_documents(tmp_path: Path, name: str)
     # GPT-2 passes its mask on by position, so that checkpointing detaches it
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     run = trainer(tmp_path, model(name, **GPT2), **options)
-    assert run._logprob_forward.attention == DOCUMENTS
+    assert run.forward.attention == DOCUMENTS
     wanted = losses(trainer(tmp_path, model(name, **GPT2), batch_layout="padded", **options))
     assert losses(run) == pytest.approx(wanted, abs=1e-5)
 
@@ -83,7 +83,7 @@ def test_values_of_another_size_than_queries(tmp_path: Path, multiple: int | Non
     latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     latent |= {"num_key_value_heads": 2, "first_k_dense_replace": 2, "n_routed_experts": 4, "router_aux_loss_coef": 0.0}
     run = trainer(tmp_path, model("deepseek_v3", **latent), pad_to_multiple_of=multiple)
-    assert run._logprob_forward.attention == DOCUMENTS
+    assert run.forward.attention == DOCUMENTS
     wanted = losses(trainer(tmp_path, model("deepseek_v3", **latent), batch_layout="padded"))
     assert losses(run) == pytest.approx(wanted, abs=1e-5)
 
@@ -127,10 +127,10 @@ def test_a_later_stream_may_not_pass_the_window(tmp_path: Path) -> None:
 def test_the_rows_to_compare_on() -> None:
     # the longest prompt, the longest sequence, the longest document, in this order
     lengths = [(30, 2, 2), (10, 35, 1), (8, 26, 26), (12, 12, 12)]
-    found = Data.of([pairs(*lengths)], None).rows
+    found = ProbeRows.of([pairs(*lengths)], None).rows
     assert [tuple(len(ids) for ids in row.values()) for row in found] == lengths[:3]
     # prompts that leave no room for answers say little, where others are cut to the same length
-    cut = Data.of([pairs((39, 9, 9), (5, 50, 50), (20, 30, 30))], 40).rows
+    cut = ProbeRows.of([pairs((39, 9, 9), (5, 50, 50), (20, 30, 30))], 40).rows
     assert [len(row["prompt_ids"]) for row in cut] == [39, 5]
 
 

@@ -139,13 +139,13 @@ def test_precomputed_equals_online(tmp_path: Path, kind: str) -> None:
     make_policy, options, source = KINDS[kind]
     options = {**options, "precompute_ref_batch_size": 3, "ld_alpha": 0.4}
     stored = make(tmp_path / "stored", make_policy(), **options)
-    reference = stored._reference
+    reference = stored.reference
     assert isinstance(reference, PrecomputedReference)
     assert type(reference.source) is (source or type(None))
     online = make(tmp_path / "online", make_policy(), **{**options, "precompute_ref_log_probs": False})
     rows = [cast(dict, row) for row in pairs()]
     # another batch size, so another padding
-    sums, lengths = online._sums_of_rows(online._reference, rows)
+    sums, lengths = online._sums_of_rows(online.reference, rows)
     for name, wanted in zip(REFERENCE_COLUMNS, (*sums.total.chunk(2), *sums.tail.chunk(2)), strict=True):
         torch.testing.assert_close(columns(stored)[name], wanted, rtol=1e-6, atol=1e-6)
         assert (wanted != 0).any()

@@ -22,11 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.models.adapters import adapter_on, choose_adapters
+from fastdpo.models.forward import model_call
 from fastdpo.training.checkpoints.content_hashes import MANIFEST
 from fastdpo.training.checkpoints.folders import REFERENCE_NAME, CheckpointError
 from fastdpo.training.reference.base import FrozenModel
 from fastdpo.training.reference.inside_policy import AdapterOff, OtherAdapter, StartWeights
-from fastdpo.training.reference_trainer import model_call
 from fastdpo.training.trainer import DPOTrainer
 
 VOCABULARY = 61
@@ -122,8 +122,8 @@ def by_definition(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def reference_logps(trainer: DPOTrainer, batch: dict[str, Tensor]) -> Tensor:
-    with trainer._logprob_forward.installed():
-        logps = trainer._reference(cast(Any, trainer.model), model_call(batch))
+    with trainer.forward.installed():
+        logps = trainer.reference(cast(Any, trainer.model), model_call(batch))
     assert logps is not None
     assert not logps.requires_grad
     return logps
@@ -185,7 +185,7 @@ def test_reference_is_what_it_claims_to_be_and_stays(tmp_path: Path, kind: str) 
     policy = make_policy()
     wanted = make_wanted(policy)
     trainer = make(tmp_path, policy, **options)
-    assert type(trainer._reference) is cls
+    assert type(trainer.reference) is cls
     batch = batch_of(trainer)
     truth = by_definition(wanted, batch)
     torch.testing.assert_close(reference_logps(trainer, batch), truth, rtol=1e-5, atol=1e-5)
@@ -492,7 +492,7 @@ def test_adapter_folder_as_model(tmp_path: Path) -> None:
     args = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "disable_tqdm": True}
     config = DPOConfig(**args, model_adapter_name="again", max_steps=1, save_strategy="no")
     trainer = DPOTrainer(adapter, args=config, train_dataset=pairs())
-    assert isinstance(trainer._reference, StartWeights)
+    assert isinstance(trainer.reference, StartWeights)
     assert cast(PeftModel, trainer.model).active_adapters == ["again"]
     assert "the adapter 'again' as it was at the start" in trainer.reference_description
     assert trainer.reference_origin == {"kind": "start"}
@@ -514,7 +514,7 @@ def _saved_adapter(folder: Path) -> Path:
 
 def test_an_adapter_that_is_not_named_is_not_the_reference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make(tmp_path, two_adapters())
-    assert isinstance(trainer._reference, StartWeights)
+    assert isinstance(trainer.reference, StartWeights)
     assert any("other adapters, which are not used: reference; ref_adapter_name makes" in m for m in caplog.messages)
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from fastdpo.config.dpo_config import DPOConfig
+from fastdpo.models.forward import model_call
 from fastdpo.training.checkpoints.content_hashes import MANIFEST
 from fastdpo.training.checkpoints.folders import REFERENCE_NAME, CheckpointError
 from fastdpo.training.reference import synced
 from fastdpo.training.reference.synced import SyncedAdapter, SyncedModel, lora_factors, rank_limit, recompress
-from fastdpo.training.reference_trainer import model_call
 from fastdpo.training.trainer import DPOTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,8 +113,8 @@ def by_definition(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def reference_logps(trainer: DPOTrainer, batch: dict[str, Tensor]) -> Tensor:
-    with trainer._logprob_forward.installed():
-        logps = trainer._reference(cast(Any, trainer.model), model_call(batch))
+    with trainer.forward.installed():
+        logps = trainer.reference(cast(Any, trainer.model), model_call(batch))
     assert logps is not None
     return logps
 
@@ -153,7 +153,7 @@ def test_frozen_copy_follows_trl_s_formula(tmp_path: Path) -> None:
                 callbacks.SyncRefModelCallback._sync_target_model(kwargs["model"], theirs, 0.6)
 
     trainer = make(tmp_path, policy, callbacks=[Trl()])
-    reference = trainer._reference
+    reference = trainer.reference
     assert isinstance(reference, SyncedModel)
     assert trainer.reference_description == (
         "a copy of the starting policy, mixed with the policy every 2 steps (alpha 0.6)"
@@ -182,7 +182,7 @@ def test_lora_reference_equals_the_dense_rule(tmp_path: Path, kind: str, alpha: 
     policy = get_peft_model(model(), lora()) if kind == "fresh" else adapted(**PATTERNS[kind])
     dense = Dense(merged(policy), 2, alpha)
     trainer = make(tmp_path, policy, callbacks=[dense], ref_model_mixup_alpha=alpha)
-    reference = trainer._reference
+    reference = trainer.reference
     assert isinstance(reference, SyncedAdapter)
     batch = batch_of(trainer)
     start = reference_logps(trainer, batch)
@@ -242,7 +242,7 @@ def test_recompression_keeps_the_best_and_measures_the_rest(
     trainer = make(tmp_path, policy, callbacks=[dense], ref_model_mixup_alpha=0.3, ref_model_sync_steps=1)
     with caplog.at_level(logging.INFO, logger="fastdpo"):
         trainer.train()
-    reference = cast(SyncedAdapter, trainer._reference)
+    reference = cast(SyncedAdapter, trainer.reference)
     assert {len(reference.start[a_name]) for a_name, _ in reference.layers} == {6}
     said = [line for line in caplog.messages if "mixed with the policy after step" in line]
     assert len(said) == 6
@@ -350,7 +350,7 @@ def test_what_cannot_be_mixed_is_answered_in_one_sentence(tmp_path: Path, caplog
     assert any("sync_ref_model is not used: the loss reads no reference" in line for line in caplog.messages)
     # a reference of the same shape is moved
     trainer = make(tmp_path, model(), ref_model=model(initializer_range=0.3))
-    assert isinstance(trainer._reference, SyncedModel)
+    assert isinstance(trainer.reference, SyncedModel)
 
 
 TWO = """

@@ -99,7 +99,7 @@ def test_logs_have_lengths_quantiles_speed_and_memory(tmp_path: Path) -> None:
             tables.append(table)
             super().add(table)
 
-    trainer._sums = {"train": Keep(), "eval": Keep()}
+    trainer.metrics.training, trainer.metrics.evaluation = Keep(), Keep()
     trainer.train()
     line = next(log for log in trainer.state.log_history if "loss" in log)
     margins = torch.cat(tables)[:, COLUMNS.index("rewards/margins")].numpy()
@@ -155,7 +155,7 @@ def test_a_resumed_run_counts_its_own_tokens_only(tmp_path: Path, monkeypatch: p
     whole = make(tmp_path / "whole", **options)
     whole.train()
     resumed = make(tmp_path / "whole", **options)
-    monkeypatch.setattr(resumed._stopwatch, "lap", lambda: 2.0)
+    monkeypatch.setattr(resumed.speed.stopwatch, "lap", lambda: 2.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     first, again = (next(log for log in t.state.log_history if "loss" in log) for t in (whole, resumed))
     for log in (first, again):
@@ -302,8 +302,9 @@ def test_the_stopwatch_runs_only_between_start_and_stop() -> None:
     assert watch.lap() == 0.0
     watch.run()
     time.sleep(0.02)
-    with watch.paused(), watch.paused():
-        time.sleep(0.1)
+    watch.pause()
+    watch.pause()
+    time.sleep(0.1)
     assert 0.02 <= watch.lap() < 0.1
     assert watch.lap() < 0.02
     watch.stop()

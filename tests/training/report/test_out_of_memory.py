@@ -13,9 +13,8 @@ from peft import LoraConfig
 from fastdpo.cli import main
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.demo import demo_paths
-from fastdpo.training import reference_trainer
 from fastdpo.training import trainer as trainer_module
-from fastdpo.training.layout_trainer import LayoutTrainer
+from fastdpo.training.batches.plan import TokenBatches
 from fastdpo.training.report.out_of_memory import MemoryWatch, _halved, is_out_of_memory
 from fastdpo.training.trainer import DPOTrainer
 
@@ -172,12 +171,12 @@ def test_what_comes_before_training_is_described(
     tmp_path: Path, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "loss_type": "sigmoid", "precompute_ref_log_probs": True, "precompute_ref_batch_size": 4}
-    for place, function in ((reference_trainer, "model_call"), (trainer_module, "make_reference")):
+    for function in ("model_call", "make_reference"):
         with monkeypatch.context() as patch:
-            patch.setattr(place, function, fail(torch.OutOfMemoryError(CUDA)))
+            patch.setattr(trainer_module, function, fail(torch.OutOfMemoryError(CUDA)))
             with pytest.raises(torch.OutOfMemoryError) as raised:
                 make_trainer(tmp_path, **options)
-        if place is reference_trainer:
+        if function == "model_call":
             assert "in a batch of the reference's log-probs of 4 pairs (8 sequences" in note(raised.value)
             assert "precompute_ref_batch_size=2 or max_length=" in note(raised.value)
         else:
@@ -207,7 +206,7 @@ def test_the_command_says_the_sentence_alone(
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Two and two?", "chosen": "4", "rejected": "5"}) + "\n")
     monkeypatch.setattr(
-        LayoutTrainer, "_window_weight", fail(torch.OutOfMemoryError(CUDA))
+        TokenBatches, "weight", fail(torch.OutOfMemoryError(CUDA))
     )  # within the loss of the first batch
     given = [
         "train",

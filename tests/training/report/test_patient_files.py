@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.files import write_atomic
-from fastdpo.training import metric_trainer
+from fastdpo.training import trainer as trainer_module
 from fastdpo.training.checkpoints import folders
 from fastdpo.training.checkpoints.folders import CheckpointNotWritten
 from fastdpo.training.report import patient_files
@@ -186,7 +186,7 @@ def test_only_model_and_checkpoint_are_an_error(
 
     trainer = make(tmp_path / "card", max_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr(metric_trainer, "write_card", fail)
+        patch.setattr(trainer_module, "write_card", fail)
         trainer.save_model()
     assert lines(caplog, "README.md") == [
         "the model is saved, and its README.md cannot be written: No space left on device."

@@ -65,15 +65,6 @@ def model():
     return AutoModelForCausalLM.from_pretrained(demo_paths().model)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # matrices this small only lose time to a second thread, a lot where other processes compute
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # the pairs
 
 

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.training.bars import dataset_bars
+from fastdpo.training.pair_datasets import dataset_bars
 from fastdpo.training.trainer import DPOTrainer
 
 BARS = ("Tokenizing train", "reference log-probs of train", "2/2")
