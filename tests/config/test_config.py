@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from fastdpo.config import dpo_config as config_module
+from fastdpo.config import checks
 from fastdpo.config import trackers as trackers_module
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.config.trackers import TRACKERS
@@ -117,11 +117,11 @@ def test_known_trackers_are_those_of_transformers() -> None:
 
 
 def test_bf16_follows_the_device_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(checks, "is_torch_bf16_gpu_available", lambda: False)
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         assert DPOConfig().bf16 is False
     assert sum("bf16 is off" in line for line in caplog.messages) == 1
-    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(checks, "is_torch_bf16_gpu_available", lambda: True)
     assert DPOConfig(use_cpu=True).bf16 is False
     caplog.clear()
     assert DPOConfig(use_cpu=True, fp16=True).bf16 is False
