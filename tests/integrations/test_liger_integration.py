@@ -52,7 +52,7 @@ def operands(ignore_index: int = -100, device: str = "cpu") -> dict[str, torch.T
     target[:, :2] = ignore_index
     target[1, 5:] = ignore_index
     target[4, 3:] = ignore_index
-    found = {
+    tensors = {
         "weight": 0.3 * torch.randn(VOCAB, HIDDEN),
         "hidden": torch.randn(2 * PAIRS, LENGTH, HIDDEN),
         "bias": torch.randn(VOCAB),
@@ -61,10 +61,10 @@ def operands(ignore_index: int = -100, device: str = "cpu") -> dict[str, torch.T
         "ref_bias": torch.randn(VOCAB),
         "target": target,
     }
-    found = {name: x.to(device) for name, x in found.items()}
+    tensors = {name: x.to(device) for name, x in tensors.items()}
     for name in ("weight", "hidden", "bias"):
-        found[name].requires_grad_()
-    return found
+        tensors[name].requires_grad_()
+    return tensors
 
 
 def everything(
@@ -79,17 +79,17 @@ def everything(
     assert len(aux) == len(AUX)
     assert not any(one.requires_grad for one in aux)
     (2.5 * loss).backward()
-    found = {"loss": loss.detach(), **dict(zip(AUX, aux, strict=True))}
+    results = {"loss": loss.detach(), **dict(zip(AUX, aux, strict=True))}
     for name in ("hidden", "weight", *(("bias",) if bias else ())):
-        found[f"grad of {name}"] = x[name].grad
-    return found
+        results[f"grad of {name}"] = x[name].grad
+    return results
 
 
 def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], case: object) -> None:
     assert mine.keys() == theirs.keys()
-    for name, wanted in theirs.items():
-        assert bool(wanted.isfinite().all()), (case, name)
-        torch.testing.assert_close(mine[name], wanted, rtol=1e-5, atol=1e-4, msg=lambda m, n=name: f"{case} {n}: {m}")
+    for name, expected in theirs.items():
+        assert bool(expected.isfinite().all()), (case, name)
+        torch.testing.assert_close(mine[name], expected, rtol=1e-5, atol=1e-4, msg=lambda m, n=name: f"{case} {n}: {m}")
 
 
 @pytest.mark.parametrize(
@@ -146,12 +146,12 @@ def test_16_bit_operands_keep_fp32_log_probs(liger: Any):
     weight, hidden = x["weight"].bfloat16(), x["hidden"].bfloat16()
     tokens = (hidden.double() @ weight.double().T).log_softmax(-1)
     tokens = tokens.gather(-1, x["target"].clamp(min=0)[..., None])[..., 0] * (x["target"] != -100)
-    wanted = tokens.sum(1)[:PAIRS]
+    expected = tokens.sum(1)[:PAIRS]
 
     def error(cls: Any) -> float:
         logps = cls(use_ref_model=False, compiled=False)(weight, hidden, x["target"])[1][0]
         assert logps.dtype == torch.float32
-        return float((logps - wanted).abs().max())
+        return float((logps - expected).abs().max())
 
     assert error(ours.LigerFusedLinearDPOLoss) < 2e-5
     assert error(liger.LigerFusedLinearDPOLoss) > 2e-3
@@ -185,14 +185,14 @@ def test_ipo_averages_over_tokens():
         return (tokens(x["hidden"], x["weight"]) - reference) / scored.sum(1)
 
     chosen, rejected = log_ratios().chunk(2)
-    wanted = ((chosen - rejected - 1 / (2 * 0.5)) ** 2).mean()
-    expected = torch.autograd.grad(wanted, (x["hidden"], x["weight"]))
+    expected = ((chosen - rejected - 1 / (2 * 0.5)) ** 2).mean()
+    gradients = torch.autograd.grad(expected, (x["hidden"], x["weight"]))
     for average in (False, True):
         loss = ours.LigerFusedLinearDPOLoss(loss_type="ipo", beta=0.5, average_log_prob=average)(
             x["weight"], x["hidden"], x["target"], None, x["ref_hidden"], x["ref_weight"]
         )[0]
-        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(torch.autograd.grad(loss, (x["hidden"], x["weight"])), expected)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(loss, (x["hidden"], x["weight"])), gradients)
 
 
 def test_label_smoothing_is_ligers(liger: Any):
@@ -279,14 +279,14 @@ def cross_entropy(cls: Any, bias: bool, **options: Any) -> dict[str, torch.Tenso
     loss = out if isinstance(out, torch.Tensor) else out.loss
     upstream = torch.arange(loss.numel(), device=DEVICE).view(loss.shape) + 1.5
     loss.backward(upstream)
-    found = {"loss": loss.detach(), "grad of hidden": x["hidden"].grad, "grad of weight": x["weight"].grad}
+    results = {"loss": loss.detach(), "grad of hidden": x["hidden"].grad, "grad of weight": x["weight"].grad}
     if bias:
-        found["grad of bias"] = x["bias"].grad
+        results["grad of bias"] = x["bias"].grad
     if accuracy is not None:
         assert out.z_loss is None
         assert out.predicted_tokens is None
-        found["accuracy"] = accuracy.detach()
-    return found
+        results["accuracy"] = accuracy.detach()
+    return results
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -308,15 +308,15 @@ def test_cross_entropy_is_torchs(reduction: str, softcap: float | None):
     for class_weight in (None, torch.rand(VOCAB)):
         logits = hidden @ x["weight"].T + x["bias"]
         logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-        wanted = F.cross_entropy(logits, target, class_weight, reduction=reduction)
-        found = ours.LigerFusedLinearCrossEntropyLoss(class_weight, reduction=reduction, softcap=softcap)(
+        expected = F.cross_entropy(logits, target, class_weight, reduction=reduction)
+        loss = ours.LigerFusedLinearCrossEntropyLoss(class_weight, reduction=reduction, softcap=softcap)(
             x["weight"], hidden, target, x["bias"]
         )
-        torch.testing.assert_close(found, wanted)
-        upstream = torch.rand_like(wanted) + 0.5
+        torch.testing.assert_close(loss, expected)
+        upstream = torch.rand_like(expected) + 0.5
         torch.testing.assert_close(
-            torch.autograd.grad(found, leaves, upstream, retain_graph=True),
-            torch.autograd.grad(wanted, leaves, upstream, retain_graph=True),
+            torch.autograd.grad(loss, leaves, upstream, retain_graph=True),
+            torch.autograd.grad(expected, leaves, upstream, retain_graph=True),
         )
 
 

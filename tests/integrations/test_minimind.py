@@ -98,9 +98,9 @@ def test_fused_is_unfused(rows: bool, bias: bool):
     shift = torch.randn(VOCAB, dtype=torch.float64, requires_grad=True) if bias else None
     leaves = [hidden, weight, *([shift] if shift is not None else [])]
     reference = torch.randn(ROWS, LENGTH, dtype=torch.float64)
-    found = {"rows": mask.flatten().nonzero()[:, 0]} if rows else {}
+    options = {"rows": mask.flatten().nonzero()[:, 0]} if rows else {}
 
-    fused = hidden_to_log_probs(hidden, weight, labels, mask, bias=shift, **found)
+    fused = hidden_to_log_probs(hidden, weight, labels, mask, bias=shift, **options)
     unfused = logits_to_log_probs(F.linear(hidden, weight, shift), labels)
     torch.testing.assert_close(fused, unfused * mask)
     losses = [dpo_loss(reference, x, mask, 0.3) for x in (fused, unfused)]
@@ -112,9 +112,9 @@ def test_positions_outside_the_mask_are_not_projected():
     hidden, weight, labels, mask = batch()
     clean = hidden_to_log_probs(hidden, weight, labels, mask)
     poisoned = hidden.detach().masked_fill(mask[..., None] == 0, math.nan).requires_grad_()
-    found = hidden_to_log_probs(poisoned, weight, labels, mask)
-    assert torch.equal(found, clean)
-    assert torch.equal(*(torch.autograd.grad(x.sum(), h)[0] for x, h in ((found, poisoned), (clean, hidden))))
+    logps = hidden_to_log_probs(poisoned, weight, labels, mask)
+    assert torch.equal(logps, clean)
+    assert torch.equal(*(torch.autograd.grad(x.sum(), h)[0] for x, h in ((logps, poisoned), (clean, hidden))))
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def loader() -> Iterator[dict[str, Tensor]]:
     """Batches with minimind's keys: x and the y that it predicts, 0 after the end, and the completion's mask."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):
-        found = {}
+        parts = {}
         for side in ("chosen", "rejected"):
             ids = torch.randint(1, VOCAB, (2, LENGTH + 1), generator=generator)
             mask = torch.zeros(2, LENGTH, dtype=torch.int64)
             for row, end in enumerate(torch.randint(5, LENGTH + 1, (2,), generator=generator)):
                 mask[row, 3:end] = 1
                 ids[row, end + 1 :] = 0
-            found |= {f"x_{side}": ids[:, :-1], f"y_{side}": ids[:, 1:], f"mask_{side}": mask}
-        yield found
+            parts |= {f"x_{side}": ids[:, :-1], f"y_{side}": ids[:, 1:], f"mask_{side}": mask}
+        yield parts
 
 
 Step = Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -232,14 +232,14 @@ def fused(model: Any, reference: Any, x: Tensor, y: Tensor, mask: Tensor) -> tup
 
 @pytest.mark.parametrize("mine", [theirs(logits_to_log_probs, dpo_loss), fused], ids=["logits", "fused"])
 def test_the_loop_trains_the_same(mine: Step):
-    wanted, weights = train(theirs(their_log_probs, their_loss), torch.float64)
-    assert float(wanted[0]) == pytest.approx(math.log(2))
-    assert float(wanted[-3:].mean()) < 0.66  # it learns, so that a wrong gradient would show
-    found, mine_weights = train(mine, torch.float64)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    expected, weights = train(theirs(their_log_probs, their_loss), torch.float64)
+    assert float(expected[0]) == pytest.approx(math.log(2))
+    assert float(expected[-3:].mean()) < 0.66  # it learns, so that a wrong gradient would show
+    losses, mine_weights = train(mine, torch.float64)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(mine_weights, weights, rtol=1e-7, atol=1e-9)
     single, _ = train(mine, torch.float32)
-    torch.testing.assert_close(single.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -247,14 +247,14 @@ def test_the_loop_trains_the_same(mine: Step):
 def test_with_rows_nothing_waits_for_the_device():
     hidden, weight, labels, mask = batch(torch.float32)
     rows = mask.flatten().nonzero()[:, 0]
-    wanted = hidden_to_log_probs(hidden, weight, labels, mask)
+    expected = hidden_to_log_probs(hidden, weight, labels, mask)
     on_device = [x.cuda() for x in (hidden, weight, labels, mask, rows)]
     *operands, there = on_device
     hidden_to_log_probs(*operands, rows=there)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = hidden_to_log_probs(*operands, rows=there)
-        dpo_loss(found.detach(), found, operands[-1], 0.1).backward()
+        logps = hidden_to_log_probs(*operands, rows=there)
+        dpo_loss(logps.detach(), logps, operands[-1], 0.1).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logps.cpu(), expected, rtol=1e-4, atol=1e-4)

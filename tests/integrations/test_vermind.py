@@ -68,8 +68,8 @@ def test_fused_is_unfused(rows: bool):
     unfused = logits_to_log_probs(hidden @ weight.T, labels)
     torch.testing.assert_close(unfused, their_log_probs(hidden @ weight.T, labels))
     # vermind's data set writes -100 where it does not score
-    found = {"rows": mask.flatten().nonzero()[:, 0]} if rows else {}
-    fused = hidden_to_log_probs(hidden, weight, labels.where(mask != 0, -100), mask, **found)
+    options = {"rows": mask.flatten().nonzero()[:, 0]} if rows else {}
+    fused = hidden_to_log_probs(hidden, weight, labels.where(mask != 0, -100), mask, **options)
     results = [dpo_loss(reference, x, mask, aggregate="mean") for x in (fused, unfused)]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, weight)) for loss, *_ in results))
@@ -137,9 +137,9 @@ def train(score: Any, loss_function: Any, aggregate: str, beta: float) -> tuple[
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
 @pytest.mark.parametrize("score", [by_logits(logits_to_log_probs), by_hidden], ids=["logits", "fused"])
 def test_the_loop_trains_the_same(score: Any, aggregate: str):
-    wanted, weights = train(by_logits(their_log_probs), their_loss, aggregate, beta=0.5)
-    assert float(wanted[0, 0]) == pytest.approx(math.log(2))
-    assert float(wanted[1:, 1:].abs().min()) > 0  # the policy has left the reference
-    found, mine = train(score, dpo_loss, aggregate, beta=0.5)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    expected, weights = train(by_logits(their_log_probs), their_loss, aggregate, beta=0.5)
+    assert float(expected[0, 0]) == pytest.approx(math.log(2))
+    assert float(expected[1:, 1:].abs().min()) > 0  # the policy has left the reference
+    steps, mine = train(score, dpo_loss, aggregate, beta=0.5)
+    torch.testing.assert_close(steps, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(mine, weights, rtol=1e-7, atol=1e-9)
