@@ -14,30 +14,30 @@ REGRESSIONS = {
         "test_linear_logprob::test_oracles_notice_the_three_usual_mistakes",
     ),
     "all logits far below 0, and a common offset of 1e4": (
-        "test_linear_logprob::test_edges_are_finite_and_right[all_logits_below_minus_120]",
-        "test_linear_logprob::test_edges_are_finite_and_right[common_offset_1e4]",
-        "test_linear_logprob::test_entropy_under_a_common_offset",
+        "test_edges::test_edges_are_finite_and_right[all_logits_below_minus_120]",
+        "test_edges::test_edges_are_finite_and_right[common_offset_1e4]",
+        "test_edges::test_entropy_under_a_common_offset",
         "test_fused::test_edges[all_logits_below_minus_120]",
         "test_fused::test_edges[common_offset_1e4]",
     ),
     "|logit| > 65504": (
-        "test_linear_logprob::test_edges_are_finite_and_right[logits_beyond_fp16]",
+        "test_edges::test_edges_are_finite_and_right[logits_beyond_fp16]",
         "test_fused::test_edges[logits_beyond_fp16]",
     ),
     "V no multiple of a tile, V = 1, odd H": (
-        "test_linear_logprob::test_edges_are_finite_and_right",
+        "test_edges::test_edges_are_finite_and_right",
         "test_fused::test_edges",
         "test_fused::test_every_form_of_the_kernel[odd]",
         "test_gpu::test_real_heads_against_fp64[odd]",
     ),
     "every other column impossible (bias -inf), and a tile without a possible token": (
-        "test_linear_logprob::test_edges_are_finite_and_right[bias_minus_inf_elsewhere]",
-        "test_linear_logprob::test_a_first_tile_without_any_possible_token",
+        "test_edges::test_edges_are_finite_and_right[bias_minus_inf_elsewhere]",
+        "test_edges::test_a_first_tile_without_any_possible_token",
         "test_fused::test_edges[bias_minus_inf_in_the_first_block]",
     ),
     "labels -100 everywhere in a sequence or in the batch, an empty completion": (
-        "test_linear_logprob::test_nothing_to_score",
-        "test_linear_logprob::test_ignored_tokens_among_the_scored_ones",
+        "test_edges::test_nothing_to_score",
+        "test_rows_and_labels::test_ignored_tokens_among_the_scored_ones",
         "test_logprob::test_sequence_logprob",
     ),
     "upstream gradients of any sign and size, 0, None": (
@@ -51,7 +51,7 @@ REGRESSIONS = {
     "retain_graph twice, double backward": ("test_linear_logprob::test_upstream_gradients_of_every_kind",),
     "softcap under torch.compile": ("test_compile::test_compiled_is_eager_to_the_bit",),
     "N*V > 2^31, N >= 65536, a device that is not the current one": (
-        "test_linear_logprob::test_more_tokens_and_logits_than_16_and_31_bits_count",
+        "test_edges::test_more_tokens_and_logits_than_16_and_31_bits_count",
         "test_gpu::test_more_than_two_to_the_31_logits_in_all",
         "test_gpu::test_offsets_past_two_to_the_31_in_one_tensor",
         "test_compile::test_a_device_that_is_not_current",

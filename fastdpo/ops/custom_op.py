@@ -93,8 +93,8 @@ def differentiable_op(
 
 
 @contextmanager
-def inside(device: torch.device) -> Iterator[None]:
-    """Inside an operation: its own dtypes, whatever autocast says, and its device current, where Triton launches."""
+def on_device_without_autocast(device: torch.device) -> Iterator[None]:
+    """For the work of an operation: its own dtypes whatever autocast says, and its device current, for Triton."""
     there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with there, without_autocast(device):
         yield

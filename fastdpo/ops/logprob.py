@@ -13,7 +13,7 @@ from fastdpo.ops.custom_op import (
     constant_backend,
     differentiable_op,
     gradient_op,
-    inside,
+    on_device_without_autocast,
     reads_are_free,
 )
 from fastdpo.ops.numerics import NEG, blocks, softplus
@@ -74,7 +74,7 @@ def _forward(logits: Tensor, labels: Tensor, inv_t: float, triton: bool) -> list
     acc = torch.promote_types(logits.dtype, torch.float32)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     m, s, zy = (torch.empty(len(logits), dtype=acc, device=logits.device) for _ in range(3))
-    with inside(logits.device):
+    with on_device_without_autocast(logits.device):
         if triton:
             from fastdpo.kernels.logprob import logprob_fwd
 
@@ -115,7 +115,7 @@ def _gradients(
 ) -> list[Tensor]:
     """[d loss / d logits], (N, V)."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    with inside(logits.device):
+    with on_device_without_autocast(logits.device):
         up = (up.to(base.dtype) * inv_t).where(labels >= 0, 0.0)
         others, target = -up * rest, up * q
         dx = logits.new_empty(logits.shape)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.ops.custom_op import differentiable_op, inside, reads_are_free
+from fastdpo.ops.custom_op import differentiable_op, on_device_without_autocast, reads_are_free
 from fastdpo.ops.linear_logprob.api import linear_logprob
 from fastdpo.ops.switches import choose_backend, widest_float
 from fastdpo.ops.tensor_kinds import check_tensors, in_forward_mode, transformed
@@ -80,7 +80,7 @@ def _forward(values: Tensor, offsets: Tensor) -> list[Tensor]:
         from fastdpo.kernels.segment_sum import segment_sum_fwd
 
         out = values.new_empty(len(offsets) - 1, dtype=torch.float32)
-        with inside(values.device):
+        with on_device_without_autocast(values.device):
             segment_sum_fwd(values.float().contiguous(), offsets, out)
         return [out.to(values.dtype)]
     wide = widest_float(values.device.type)

@@ -16,9 +16,10 @@ from fastdpo.kernels import configs, fused_dlogits, fused_fold
 from fastdpo.ops import reference
 from fastdpo.ops.linear_logprob import fused_tiles, plan, settings
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_plan, linear_logprob_stats
+from fastdpo.ops.linear_logprob.settings import STATS
+from fastdpo.ops.oracle import largest_error
 
 F64 = torch.float64
-STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "lse")
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +48,6 @@ def run(op, hidden: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor, need
     out = op(*leaves)
     out.backward(upstream.to(out.dtype))
     return [out.detach(), *(x.grad for x in leaves)]
-
-
-def worst(found: Tensor, truth: Tensor) -> float:
-    return float((found.to(F64) - truth).abs().max())
 
 
 # each id is a bug that a peer has shipped
@@ -88,21 +85,21 @@ def test_edges(edge, v, keep, monkeypatch):
         return reference.linear_logprob(h, w, labels, bias=b)
 
     truth = run(defined, hidden.to(F64), weight.to(F64), bias.to(F64), up)
-    found = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b), hidden, weight, bias, up)
+    results = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b), hidden, weight, bias, up)
     # an fp32 logit of this size is so far from its neighbours; weights of exponentials move by as much
     step = 2.0**-23 * float((hidden.to(F64) @ weight.to(F64).t() + bias.to(F64).clamp(min=-1e9)).abs().max())
-    assert worst(found[0], truth[0]) <= 1e-5 + 4 * step
-    for a, t in zip(found[1:], truth[1:], strict=True):
+    assert largest_error(results[0], truth[0]) <= 1e-5 + 4 * step
+    for a, t in zip(results[1:], truth[1:], strict=True):
         assert bool(torch.isfinite(a).all())
         # bf16 exponentials and results: 2^-9 of the largest term, a few times
         size = max(float(weight.abs().max()) if a.shape == hidden.shape else float(hidden.abs().max()), 1.0)
-        assert worst(a, t) <= (2.0**-8 + 4 * step) * size * 2
+        assert largest_error(a, t) <= (2.0**-8 + 4 * step) * size * 2
     stats = linear_logprob_stats(hidden, weight, labels, bias=bias, stats=STATS)
     exact = reference.token_stats(reference.logits(hidden.to(F64), weight.to(F64), bias.to(F64)), labels)
     assert bool(torch.isfinite(stats.entropy).all())
     for name in ("entropy", "log_sum_sq_probs", "lse"):
         if bool(torch.isfinite(exact[name]).all()):
-            assert worst(getattr(stats, name), exact[name]) <= 2e-5 + 8 * step, name
+            assert largest_error(getattr(stats, name), exact[name]) <= 2e-5 + 8 * step, name
 
 
 def test_edges_notice_a_wrong_offset(monkeypatch):
@@ -122,16 +119,16 @@ def test_softcap_scales_and_statistics(dtype, softcap):
     wide = hidden.to(F64), weight.to(F64), bias.to(F64)
     up = torch.linspace(-1, 1, n)
     truth = run(lambda h, w, b: reference.linear_logprob(h, w, labels, bias=b, **options), *wide, up)
-    found = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b, **options), hidden, weight, bias, up)
-    assert worst(found[0], truth[0]) <= 1e-5
-    for a, t in zip(found[1:], truth[1:], strict=True):
-        assert worst(a, t) <= 1.2e-2 * max(1.0, float(t.abs().max()))
+    results = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b, **options), hidden, weight, bias, up)
+    assert largest_error(results[0], truth[0]) <= 1e-5
+    for a, t in zip(results[1:], truth[1:], strict=True):
+        assert largest_error(a, t) <= 1.2e-2 * max(1.0, float(t.abs().max()))
     exact = reference.token_stats(reference.logits(*wide, **options), labels)
     stats = linear_logprob_stats(hidden, weight, labels, bias=bias, stats=STATS, **options)
     assert torch.equal(stats.is_top1, exact["is_top1"])
     assert 0 < int(stats.is_top1.sum()) < n
     for name in ("entropy", "log_sum_sq_probs", "mean_logit", "lse"):
-        assert worst(getattr(stats, name), exact[name]) <= 2e-5, name
+        assert largest_error(getattr(stats, name), exact[name]) <= 2e-5, name
 
 
 TILES = {
@@ -154,16 +151,16 @@ def test_every_form_of_the_kernel(tile, h, v, monkeypatch):
 
     def spy(name):
         def operands(*arguments, **options):
-            found = prepare(*arguments, **options)
-            launched[name].add(found.constants["TMA"])
-            return found
+            launch = prepare(*arguments, **options)
+            launched[name].add(launch.constants["TMA"])
+            return launch
 
         return operands
 
     monkeypatch.setattr(fused_fold, "operands", spy("fold"))
     monkeypatch.setattr(fused_dlogits, "operands", spy("dlogits"))
     with configs.override(TILES[tile]):
-        found = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b), hidden, weight, bias, up)
+        results = run(lambda h, w, b: linear_logprob(h, w, labels, bias=b), hidden, weight, bias, up)
     # rows of an odd length do not start at multiples of 16 bytes: no descriptors for them
     assert launched == {name: {TILES[tile].tma and h % 8 == 0} for name in launched}
     truth = run(
@@ -173,9 +170,9 @@ def test_every_form_of_the_kernel(tile, h, v, monkeypatch):
         bias.to(F64),
         up,
     )
-    assert worst(found[0], truth[0]) <= 1e-5
-    for a, t in zip(found[1:], truth[1:], strict=True):
-        assert worst(a, t) <= 1.2e-2 * float(t.abs().max())
+    assert largest_error(results[0], truth[0]) <= 1e-5
+    for a, t in zip(results[1:], truth[1:], strict=True):
+        assert largest_error(a, t) <= 1.2e-2 * float(t.abs().max())
 
 
 def test_operands_of_any_stride(monkeypatch):
@@ -209,8 +206,8 @@ def test_bits_depend_on_neither_tile_nor_path(monkeypatch):
                 assert chosen.fused
                 tiles.add((chosen.path, chosen.rows, chosen.cols))
                 names = ("entropy", "mean_logit") if keep == "0" else ()
-                found = linear_logprob_stats(*leaves, labels, stats=names, entropy_grad=False)
-                seen.append(found.logprob.detach())
+                stats = linear_logprob_stats(*leaves, labels, stats=names, entropy_grad=False)
+                seen.append(stats.logprob.detach())
     assert len(tiles) == 8, tiles
     assert all(torch.equal(x, seen[0]) for x in seen)
 
@@ -240,10 +237,10 @@ def test_a_call_launches_what_its_path_says(trained, monkeypatch):
     assert blocks == 3
     linear_logprob(hidden, weight, labels).sum().backward()
     counts = {name: launches.count(name) for name in set(launches)}
-    wanted = {"fused_fold": blocks + 1, "advance": blocks, "rebase": blocks, "merge": 1, "rescale": blocks - 1}
+    expected = {"fused_fold": blocks + 1, "advance": blocks, "rebase": blocks, "merge": 1, "rescale": blocks - 1}
     if trained:
-        wanted["fused_dlogits"] = -(-301 // chosen.back_cols)
-    assert counts == wanted
+        expected["fused_dlogits"] = -(-301 // chosen.back_cols)
+    assert counts == expected
     launches.clear()
     with torch.no_grad():
         linear_logprob(hidden, weight, labels)

@@ -57,22 +57,22 @@ def test_real_heads_against_fp64(gemm, head, keep, monkeypatch):
     plan = linear_logprob_plan(hidden.requires_grad_(), weight.requires_grad_(), labels)
     assert plan.fused == (gemm == "triton")
     assert plan.path == ("recompute" if keep == "0" else "kept")
-    found = run(hidden, weight, labels, (True, True))
+    results = run(hidden, weight, labels, (True, True))
     up = torch.linspace(-1, 1, n, device="cuda", dtype=torch.float64)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     truth = reference.linear_logprob(*wide, labels)
     truth.backward(up)
     exact = [x.grad for x in wide if x.grad is not None]
-    assert float((found[0] - truth.detach()).abs().max()) <= 1e-4
+    assert float((results[0] - truth.detach()).abs().max()) <= 1e-4
     live = up.abs() > 1e-3
-    rows = (found[1] - exact[0])[live].norm(dim=1) / exact[0][live].norm(dim=1)
+    rows = (results[1] - exact[0])[live].norm(dim=1) / exact[0][live].norm(dim=1)
     assert float(rows.max()) <= 1.2e-2
     columns = labels.unique()
-    error = (found[2][columns] - exact[1][columns]).norm(dim=1) / exact[1][columns].norm(dim=1)
+    error = (results[2][columns] - exact[1][columns]).norm(dim=1) / exact[1][columns].norm(dim=1)
     assert float(error.max()) <= 1.2e-2
     again = run(hidden, weight, labels, (True, True))
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    assert torch.equal(run(hidden, weight, labels, (False, False))[0], found[0])
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert torch.equal(run(hidden, weight, labels, (False, False))[0], results[0])
 
 
 OPTIONS = {
@@ -89,7 +89,7 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("keep", ["0", "2048"], ids=["recompute", "kept"])
 def test_options_statistics_and_gradients_against_fp64(gemm, keep, dtype, options, monkeypatch):
-    """As tests/test_linear_logprob.py does on a CPU: every gradient, every statistic, at a size of several tiles."""
+    """As test_linear_logprob.py does on a CPU: every gradient, every statistic, at a size of several tiles."""
     monkeypatch.setenv("FASTDPO_KEEP_MB", keep)
     monkeypatch.setenv("FASTDPO_WORKSPACE_MB", "8")
     chosen = dict(OPTIONS[options])
@@ -133,17 +133,17 @@ def test_options_statistics_and_gradients_against_fp64(gemm, keep, dtype, option
         logprob.backward(up.to(logprob.dtype))
         return logprob.detach(), stats, {k: x.grad for k, x in parts.items()}
 
-    found, truth = step(False), step(True)
-    assert float((found[0] - truth[0]).abs().max()) <= 1e-4
+    ours, truth = step(False), step(True)
+    assert float((ours[0] - truth[0]).abs().max()) <= 1e-4
     for name in names:
-        error = (found[1][name].double() - truth[1][name].detach().double()).abs()
+        error = (ours[1][name].double() - truth[1][name].detach().double()).abs()
         if name == "is_top1":
             assert int((error > 0).sum()) <= 1  # a tie of rounded logits
         else:
             assert float(error.max()) <= 2e-4 * max(1.0, float(truth[1][name].detach().double().abs().max())), name
     bound = 1e-3 if dtype == torch.float32 else 1.2e-2
     for name, gradient in truth[2].items():
-        own = found[2][name]
+        own = ours[2][name]
         assert own is not None
         assert gradient is not None
         error = (own - gradient).norm() / gradient.norm()
@@ -190,14 +190,14 @@ def test_peak_memory_is_as_planned(gemm, form, mode, keep, monkeypatch):
 def test_more_than_two_to_the_31_logits_in_all(gemm):
     n, h, v = 70000, 64, 50257
     hidden, weight, labels = peaked(n, h, v)
-    found = run(hidden, weight, labels, (True, False))
+    results = run(hidden, weight, labels, (True, False))
     for rows in (slice(0, 64), slice(n - 64, n)):
         wide = hidden[rows].double().requires_grad_()
         truth = reference.linear_logprob(wide, weight.double(), labels[rows])
         truth.backward(torch.linspace(-1, 1, n, device="cuda", dtype=torch.float64)[rows])
-        assert float((found[0][rows] - truth.detach()).abs().max()) <= 1e-4
+        assert float((results[0][rows] - truth.detach()).abs().max()) <= 1e-4
         assert wide.grad is not None
-        assert float((found[1][rows] - wide.grad).norm() / wide.grad.norm()) <= 1.2e-2
+        assert float((results[1][rows] - wide.grad).norm() / wide.grad.norm()) <= 1.2e-2
 
 
 def test_offsets_past_two_to_the_31_in_one_tensor(gemm, monkeypatch):
@@ -213,12 +213,12 @@ def test_offsets_past_two_to_the_31_in_one_tensor(gemm, monkeypatch):
     assert (plan.path, plan.fused) == ("kept", gemm == "triton")
     up = torch.zeros(n, device="cuda")
     up[last] = torch.linspace(-1, 1, 16, device="cuda") + 0.1
-    found = linear_logprob(hidden, weight, labels)
-    found.backward(up)
+    logps = linear_logprob(hidden, weight, labels)
+    logps.backward(up)
     states = hidden.detach()[last].double()
-    parts = [states @ weight.detach()[some].double().t() for some in torch.arange(v, device="cuda").split(16384)]
+    parts = [states @ weight.detach()[part].double().t() for part in torch.arange(v, device="cuda").split(16384)]
     z = torch.cat(parts, 1)
-    assert float((found.detach()[last] - reference.logprob(z, labels[last])).abs().max()) <= 1e-4
+    assert float((logps.detach()[last] - reference.logprob(z, labels[last])).abs().max()) <= 1e-4
     d = -z.softmax(-1)
     d[torch.arange(16, device="cuda"), labels[last]] += 1
     d *= up[last, None]
@@ -226,6 +226,6 @@ def test_offsets_past_two_to_the_31_in_one_tensor(gemm, monkeypatch):
         expected = d[:, columns].t() @ states
         assert weight.grad is not None
         assert float((weight.grad[columns].double() - expected).norm() / expected.norm()) <= 1.2e-2
-    expected = sum(d[:, some] @ weight.detach()[some].double() for some in torch.arange(v, device="cuda").split(16384))
+    expected = sum(d[:, part] @ weight.detach()[part].double() for part in torch.arange(v, device="cuda").split(16384))
     assert hidden.grad is not None
     assert float((hidden.grad[last].double() - expected).norm() / expected.norm()) <= 1.2e-2

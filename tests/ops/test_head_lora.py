@@ -35,8 +35,8 @@ def inputs(n: int, h: int, v: int, r: int, dtype: torch.dtype = F64) -> tuple[li
 
 def grads(op, tensors: list[Tensor], needs: tuple[int, ...], up: Tensor, up_entropy: Tensor | None = None) -> list:
     leaves = [x.detach().requires_grad_(bool(k)) for x, k in zip(tensors, needs, strict=True)]
-    found = op(*leaves)
-    logp, *entropy = found if isinstance(found, tuple) else (found,)
+    outputs = op(*leaves)
+    logp, *entropy = outputs if isinstance(outputs, tuple) else (outputs,)
     losses = [(logp * up).sum(), *((x * up_entropy).sum() for x in entropy)]
     sum(losses).backward()
     return [logp.detach(), *(x.detach() for x in entropy), *(x.grad for x in leaves)]
@@ -67,8 +67,8 @@ def test_float64_is_exact(needs, keep, monkeypatch):
             return linear_logprob(hidden, weight, labels, bias=bias, lora=(u, b), **options)
 
         def with_entropy(hidden, weight, bias, u, b, options=options):
-            found = linear_logprob_stats(hidden, weight, labels, bias=bias, lora=(u, b), stats=("entropy",), **options)
-            return found.logprob, found.entropy
+            stats = linear_logprob_stats(hidden, weight, labels, bias=bias, lora=(u, b), stats=("entropy",), **options)
+            return stats.logprob, stats.entropy
 
         def truth_with_entropy(hidden, weight, bias, u, b, softcap=softcap):
             both = torch.cat((hidden, u), 1), torch.cat((weight, b), 1)
@@ -104,13 +104,13 @@ def test_bf16_head(backend, adapter, keep, monkeypatch):
         return linear_logprob(hidden, weight, labels, bias=bias, lora=(u, b))
 
     truth = grads(defined(labels), [x.to(F64) for x in tensors], NEEDS["all"], up.to(F64))
-    found = grads(ours, tensors, NEEDS["all"], up)
-    assert float((found[0] - truth[0]).abs().max()) <= 1e-5
-    for a, t, x in zip(found[1:], truth[1:], tensors, strict=True):
+    results = grads(ours, tensors, NEEDS["all"], up)
+    assert float((results[0] - truth[0]).abs().max()) <= 1e-5
+    for a, t, x in zip(results[1:], truth[1:], tensors, strict=True):
         assert a.dtype == x.dtype
         assert float((a.to(F64) - t).abs().max()) <= 1.2e-2 * float(t.abs().max())
     again = grads(ours, tensors, NEEDS["all"], up)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
     # the control: without the adapter other numbers come out
     without = linear_logprob(tensors[0], tensors[1], labels, bias=tensors[2])
     assert float((without - truth[0]).abs().max()) > 1e-2
@@ -145,7 +145,7 @@ def test_peft_s_own_layer_on_the_head_gives_the_same(dropout):
     nn.init.normal_(layer.lora_B["default"].weight)
     hidden, labels = torch.randn(12, 16, dtype=F64, requires_grad=True), torch.randint(0, 101, (12,))
     adapter = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    found = []
+    by_route = []
     for fused in (False, True):
         torch.manual_seed(1)
         if fused:
@@ -154,8 +154,8 @@ def test_peft_s_own_layer_on_the_head_gives_the_same(dropout):
             logp = linear_logprob(hidden, layer.base_layer.weight, labels, lora=(u, adapter[1]))
         else:
             logp = torch.log_softmax(model(hidden), -1).gather(1, labels[:, None])[:, 0]
-        found.append((logp.detach(), *torch.autograd.grad((logp * torch.arange(12)).sum(), (hidden, *adapter))))
-    for a, b in zip(*found, strict=True):
+        by_route.append((logp.detach(), *torch.autograd.grad((logp * torch.arange(12)).sum(), (hidden, *adapter))))
+    for a, b in zip(*by_route, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 

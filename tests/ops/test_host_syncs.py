@@ -13,29 +13,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.ops import sequence
-from fastdpo.ops.linear_logprob import arguments, prepare
 
 aten = torch.ops.aten
 # what copies a value, or a number of results, to the host
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.is_nonzero, aten.equal}
 
 
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU the ops look at values for their checks, which costs nothing there."""
-    for module in (arguments, prepare, sequence):
-        monkeypatch.setattr(module, "reads_are_free", lambda x: False)
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")  # on a CPU the ops look at values, which costs nothing there
 
 
 class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in READS:
-            self.found.append(str(func))
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -59,7 +53,7 @@ def trainer(folder: Path, peft: bool, layout: str, **options: Any) -> DPOTrainer
 
 def reads_of_steps(run: DPOTrainer) -> list[str]:
     """What `training_step` (batch to device, forward, loss, metrics, backward) read in all steps but the first."""
-    found: list[str] = []
+    names: list[str] = []
     steps = 0
     training_step = run.training_step
 
@@ -68,13 +62,13 @@ def reads_of_steps(run: DPOTrainer) -> list[str]:
         steps += 1
         with Reads() as reads:
             loss = training_step(*args, **kwargs)
-        found.extend(reads.found if steps > 1 else [])
+        names.extend(reads.names if steps > 1 else [])
         return loss
 
     run.training_step = watched  # pyright: ignore[reportAttributeAccessIssue] on this instance only
     run.train()
     assert steps == 3
-    return found
+    return names
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])

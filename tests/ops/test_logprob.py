@@ -40,12 +40,12 @@ def test_against_fp64(backend, dtype, v):
     logits[4] -= 150
     logits = logits.to(dtype)
     up = torch.linspace(-1, 2, 11)
-    found, grad = run(logprob, logits, labels, up, temperature=0.7)
+    logps, grad = run(logprob, logits, labels, up, temperature=0.7)
     truth, true_grad = run(reference.logprob, logits.to(F64), labels, up, temperature=0.7)
-    assert found.dtype == torch.float32
+    assert logps.dtype == torch.float32
     assert grad.dtype == dtype
-    assert bool(((found - truth).abs() <= 1e-6 + 2e-6 * truth.abs()).all())
-    assert found[2] == 0
+    assert bool(((logps - truth).abs() <= 1e-6 + 2e-6 * truth.abs()).all())
+    assert logps[2] == 0
     assert bool((grad[2] == 0).all())
     # the entry of a confident target keeps its relative precision: 1 - p is not p - 1 rounded
     step = {torch.float32: 4e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
@@ -55,10 +55,10 @@ def test_against_fp64(backend, dtype, v):
 
 def test_float64_and_any_shape():
     logits, labels = torch.randn(2, 3, 17, dtype=F64), torch.randint(0, 17, (2, 3))
-    found, grad = run(logprob, logits, labels, torch.ones(2, 3))
+    logps, grad = run(logprob, logits, labels, torch.ones(2, 3))
     truth, true_grad = run(reference.logprob, logits, labels, torch.ones(2, 3))
-    assert found.dtype == F64
-    assert torch.allclose(found, truth, rtol=1e-14)
+    assert logps.dtype == F64
+    assert torch.allclose(logps, truth, rtol=1e-14)
     assert torch.allclose(grad, true_grad, rtol=1e-12, atol=1e-15)
     transposed = torch.randn(17, 6).t()
     assert torch.allclose(logprob(transposed, labels.view(-1)), reference.logprob(transposed, labels.view(-1)))
@@ -110,12 +110,12 @@ def test_sequence_logprob(backend, average):
     labels = torch.randint(0, 40, (3, 6))
     labels[0, :4] = -100
     labels[2] = -100
-    found = sequence_logprob(hidden, weight, labels, average=average)
+    sums = sequence_logprob(hidden, weight, labels, average=average)
     tokens = reference.linear_logprob(hidden.flatten(0, 1), weight, labels.flatten()).view(3, 6)
     expected = tokens.sum(1) / ((labels != -100).sum(1).clamp(min=1) if average else 1)
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert found[2] == 0
-    found.sum().backward()
+    assert torch.allclose(sums, expected, atol=1e-5)
+    assert sums[2] == 0
+    sums.sum().backward()
     assert hidden.grad is not None
     assert bool(torch.isfinite(hidden.grad).all())
     shifted = sequence_logprob(hidden, weight, labels, average=average, shift=True)
@@ -126,16 +126,16 @@ def test_sequence_logprob(backend, average):
 def test_minus_infinity_elsewhere_is_certain(backend):
     logits = torch.full((2, 9), -math.inf)
     logits[:, 3] = 1.0
-    found, grad = run(logprob, logits, torch.tensor([3, 3]), torch.ones(2))
-    assert found.tolist() == [0.0, 0.0]
+    logps, grad = run(logprob, logits, torch.tensor([3, 3]), torch.ones(2))
+    assert logps.tolist() == [0.0, 0.0]
     assert bool((grad == 0).all())
 
 
 def test_sums_of_long_completions_lose_nothing(backend):
     values = -torch.rand(8, 4096) * 3
     truth = values.to(F64).sum(1)
-    found = segment_sum(values.flatten(), torch.arange(0, 8 * 4096 + 1, 4096))
-    assert float((found.to(F64) - truth).abs().max()) <= 2 * float((values.sum(1).to(F64) - truth).abs().max()) + 5e-4
+    sums = segment_sum(values.flatten(), torch.arange(0, 8 * 4096 + 1, 4096))
+    assert float((sums.to(F64) - truth).abs().max()) <= 2 * float((values.sum(1).to(F64) - truth).abs().max()) + 5e-4
 
 
 @pytest.fixture
@@ -158,24 +158,24 @@ def test_sums_without_float64(no_float64, monkeypatch):
     truth = torch.stack([values[a:b].to(F64).sum() for a, b in pairwise(offsets)])
     one_by_one = [np.cumsum(np.append(np.float32(0), values[a:b].numpy()))[-1] for a, b in pairwise(offsets)]
     leaf = values.clone().requires_grad_()
-    found = segment_sum(leaf, offsets)
-    ours, theirs = ((x.detach().to(F64) - truth).abs() for x in (found, torch.tensor(one_by_one)))
+    sums = segment_sum(leaf, offsets)
+    ours, theirs = ((x.detach().to(F64) - truth).abs() for x in (sums, torch.tensor(one_by_one)))
     assert float((ours / truth.abs().clamp(min=1)).max()) <= 2.5e-7
     assert float(theirs.max()) > 20 * float(ours.max())
-    assert found[lengths == 0].tolist() == [0.0] * 3
+    assert sums[lengths == 0].tolist() == [0.0] * 3
     up = torch.randn(len(lengths))
-    found.backward(up)
+    sums.backward(up)
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, torch.repeat_interleave(up, lengths))
     # a sum's bits depend on its own values only
-    assert torch.equal(segment_sum(values, offsets), found)
+    assert torch.equal(segment_sum(values, offsets), sums)
     alone = torch.cat([segment_sum(values[a:b], torch.tensor([0, b - a])) for a, b in pairwise(offsets.tolist())])
-    assert torch.equal(alone, found)
+    assert torch.equal(alone, sums)
     broken = values.clone()
     broken[[0, 4]] = torch.tensor([math.nan, -math.inf])
     assert segment_sum(broken, offsets)[1:5].isnan().tolist() == [True, False, False, False]
     assert segment_sum(broken, offsets)[3] == -math.inf
-    assert torch.equal(segment_sum(broken, offsets)[5:], found[5:])
+    assert torch.equal(segment_sum(broken, offsets)[5:], sums[5:])
     assert segment_sum(values[:0], torch.tensor([0, 0])).tolist() == [0.0]
     assert segment_sum(values[:0], torch.tensor([0])).tolist() == []
     assert segment_sum(values[:5].bfloat16(), torch.tensor([0, 5])).dtype == torch.bfloat16

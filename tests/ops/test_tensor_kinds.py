@@ -122,13 +122,13 @@ def step(make: Callable[..., Tensor], trained: bool) -> list[Any]:
     labels = make(2, 3).long()
     rows = make(5).long()
     stats = linear_logprob_stats(hidden, weight, labels, lora=(u, b), stats=("entropy", "is_top1"), shift=True)
-    found = [stats.logprob, stats.entropy, linear_logprob(hidden, weight, rows, rows=rows)]
-    found += [sequence(hidden, weight, labels), logprob(hidden @ weight.t(), labels, temperature=2.0)]
-    found.append(FusedLinearDPOLoss()(weight, hidden, labels, ref_hidden=make(2, 3, H))[0])
-    torch.stack([x.sum() for x in found]).sum().backward()
+    outputs = [stats.logprob, stats.entropy, linear_logprob(hidden, weight, rows, rows=rows)]
+    outputs += [sequence(hidden, weight, labels), logprob(hidden @ weight.t(), labels, temperature=2.0)]
+    outputs.append(FusedLinearDPOLoss()(weight, hidden, labels, ref_hidden=make(2, 3, H))[0])
+    torch.stack([x.sum() for x in outputs]).sum().backward()
     grads = [x.grad for x in (hidden, u, *((weight,) if trained else ()))]
     assert all(x is not None for x in grads)
-    return [(x.shape, x.dtype, x.device.type) for x in (*found, stats.is_top1, *grads)]
+    return [(x.shape, x.dtype, x.device.type) for x in (*outputs, stats.is_top1, *grads)]
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -187,13 +187,13 @@ def test_transforms_are_refused_or_right(name, tiled, monkeypatch):
     OPS[name](leaf).sum().backward()
     doubled = OPS[name](2 * x)
     monkeypatch.setenv("FASTDPO_BACKEND", "reference")
-    found = {transform: apply() for transform, apply in transforms(OPS[name], x).items()}
+    by_transform = {transform: apply() for transform, apply in transforms(OPS[name], x).items()}
     assert leaf.grad is not None
     for transform in ("grad", "vjp"):
-        assert torch.allclose(found[transform], leaf.grad, atol=1e-5)
-    assert torch.allclose(found["vmap"][1], doubled, atol=1e-5)
+        assert torch.allclose(by_transform[transform], leaf.grad, atol=1e-5)
+    assert torch.allclose(by_transform["vmap"][1], doubled, atol=1e-5)
     for transform in ("jvp", "forward mode"):
-        assert torch.allclose(found[transform].sum(), (leaf.grad * x).sum(), atol=1e-4)
+        assert torch.allclose(by_transform[transform].sum(), (leaf.grad * x).sum(), atol=1e-4)
 
 
 def test_sums_go_through_transforms():

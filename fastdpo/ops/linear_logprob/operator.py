@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.ops.custom_op import Implementation, differentiable_op, gradient_op, inside
+from fastdpo.ops.custom_op import Implementation, differentiable_op, gradient_op, on_device_without_autocast
 from fastdpo.ops.linear_logprob import forward, head_gradient
 from fastdpo.ops.linear_logprob.operands import HeadOperands, Operands, TokenOperands
 from fastdpo.ops.linear_logprob.plan import route
@@ -82,7 +82,7 @@ def _forward(operands: Operands, settings: Settings) -> list[Tensor]:
     plan = plan_of(settings, shape)
     logger.debug("linear_logprob: %s backend, %s", settings.backend, plan)
     head, tokens = HeadOperands.of(operands, settings), TokenOperands.of(operands, settings)
-    with inside(device):
+    with on_device_without_autocast(device):
         results, saved = forward.forward(settings.tiles(), tokens, head, settings.spec, plan, settings.needed)
         if settings.ignored:
             saved.q = saved.q.where(operands.labels >= 0, 0.0)
@@ -142,7 +142,7 @@ def _gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]
     plan = plan_of(settings, shape)
     names = [*_outputs(settings, plan.path, plan.cols, len(q), *sizes[1:])][len(result_names(settings)) :]
     saved = forward.SavedForBackward(**dict(zip(names, stored, strict=True)), entropy=arguments.entropy)
-    with inside(q.device):
+    with on_device_without_autocast(q.device):
         up = torch.zeros_like(q) if arguments.up is None else arguments.up.to(q.dtype)
         up_entropy = arguments.up_entropy
         if up_entropy is not None:
