@@ -26,7 +26,7 @@ _OPTIONS = ("tools", "chat_template_kwargs")
 _UNUSED = ("ref_chosen_logps", "ref_rejected_logps")
 # The mark of a dataset whose rows are pairs already: its fingerprint, kept beside it. `datasets` gives the result of an
 # operation a fingerprint of its own, and a dataset that is formatted in place too, so the mark holds for exactly these
-# rows: whatever a caller makes of them is looked at again. Copies keep it; a dataset that was saved and loaded has none.
+# rows: whatever a caller makes of them is looked at again. Copies keep it; a dataset that is saved and loaded has none.
 _MARK = "_fastdpo_normalized"
 _SHOWN = 50
 _SKIPPED_SHOWN = 5
