@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fastdpo.cli import main
 from fastdpo.cli.train import checks
 from fastdpo.cli.train.command import DEFAULTS, build_peft_config
-from fastdpo.cli.train.parsing import UsageError, parse
+from fastdpo.cli.train.parsing import BY_NAME, UNLISTED_NAMES, UsageError, parse
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.config.old_names import OLD_NAMES
 from fastdpo.models.load import load_policy
 from fastdpo.training.report import metric_files
 
@@ -98,7 +97,7 @@ def test_old_names_are_flags_and_keys(
     words = [word.removeprefix("--").replace("-", "_") for word in " ".join(argv).replace("=", " ").split()]
     pairs = []
     for word in words:
-        if word in OLD_NAMES or word in ("torch_dtype", "dtype", "streaming", "warmup_steps", "use_peft"):
+        if word in BY_NAME or word in UNLISTED_NAMES:
             pairs.append([word, "true"])
         else:
             pairs[-1][1] = word
