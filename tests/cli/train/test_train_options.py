@@ -108,8 +108,8 @@ def test_old_names_are_flags_and_keys(
 def test_an_old_name_on_the_command_line_goes_before_todays_in_a_file(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("warmup_steps: 100\neval_strategy: epoch\n")
-    found = parse([str(path), "warmup_ratio=0.2", "evaluation_strategy=no"]).values
-    assert found == {"warmup_steps": 0.2, "eval_strategy": "no"}
+    arguments = parse([str(path), "warmup_ratio=0.2", "evaluation_strategy=no"]).values
+    assert arguments == {"warmup_steps": 0.2, "eval_strategy": "no"}
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_quantized_weights_keep_their_gradient_after_a_pass_without(model_dir: s
         model.train()(ids).logits.log_softmax(-1)[..., 3].sum().backward()
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
-    for found, expected in zip(gradients(False), gradients(True), strict=True):
-        assert (found - expected).norm() <= 1e-4 * expected.norm()
+    for gradient, expected in zip(gradients(False), gradients(True), strict=True):
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 
 
 # minimind's file
