@@ -13,7 +13,6 @@ from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_c
 from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.llama_factory import Columns
 from fastdpo.data.messages import parse_template_options, to_json
-from fastdpo.data.normalized import is_normalized, mark_normalized
 from fastdpo.data.preference import SIDES, Preference, preference_from_row
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 from fastdpo.wording import count
@@ -25,6 +24,10 @@ logger = logging.getLogger(__name__)
 _OPTIONS = ("tools", "chat_template_kwargs")
 # reference log-probs computed elsewhere, as TRL's rows may have them; the trainer computes its own
 _UNUSED = ("ref_chosen_logps", "ref_rejected_logps")
+# The mark of a dataset whose rows are pairs already: its fingerprint, kept beside it. `datasets` gives the result of an
+# operation a fingerprint of its own, and a dataset that is formatted in place too, so the mark holds for exactly these
+# rows: whatever a caller makes of them is looked at again. Copies keep it; a dataset that is saved and loaded has none.
+_MARK = "_fastdpo_normalized"
 _SHOWN = 50
 _SKIPPED_SHOWN = 5
 
@@ -84,8 +87,8 @@ def normalize_dataset(
 ) -> Dataset | IterableDataset:
     """The same for a dataset in hand; a bad row is named `where[index]`.
 
-    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`), or normalized already
-    (`fastdpo.data.normalized`), comes back as it is. An `IterableDataset` is mapped row by row as it is read, and
+    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`), or normalized and as it was then
+    (`is_normalized`), comes back as it is. An `IterableDataset` is mapped row by row as it is read, and
     always has the columns `tools` and `chat_template_kwargs` too; a bad row raises when it is reached, or is left out
     with a warning that counts it.
     """
@@ -105,6 +108,18 @@ def normalize_dataset(
         normal = dataset.map(_normalize_one, batched=True, batch_size=1, with_indices=True, fn_kwargs=options)
         return normal.select_columns(["prompt", *SIDES, *_OPTIONS])
     return _build(dataset_rows(dataset, where), where, None, skip_bad_rows)
+
+
+def mark_normalized(dataset: Dataset, *origins: Dataset) -> Dataset:
+    """The dataset itself, marked. origins: those that its rows are taken from; all must be marked for it to be."""
+    if all(is_normalized(origin) for origin in origins):
+        setattr(dataset, _MARK, dataset._fingerprint)
+    return dataset
+
+
+def is_normalized(dataset: object) -> bool:
+    """Whether its rows are as `load_preferences` or `normalize_dataset` made them."""
+    return isinstance(dataset, Dataset) and getattr(dataset, _MARK, None) == dataset._fingerprint
 
 
 def warn_unused(columns: Iterable[str], where: str) -> None:

@@ -13,8 +13,7 @@ from datasets import Dataset, concatenate_datasets
 
 from fastdpo.data.data_files import DataFiles
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import load_preferences
-from fastdpo.data.normalized import mark_normalized
+from fastdpo.data.formats import load_preferences, mark_normalized
 from fastdpo.wording import count, did_you_mean
 
 logger = logging.getLogger(__name__)

@@ -39,26 +39,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict
     config = LlamaConfig(
         vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2, **sizes
     )
-    found = {name: root / name for name in ("base", "lora", "full")}
+    paths = {name: root / name for name in ("base", "lora", "full")}
     for seed, name in enumerate(("base", "full")):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         # settings that would come in beside those that are asked for
         model.generation_config.update(do_sample=True, temperature=0.5, repetition_penalty=1.5)
-        model.save_pretrained(found[name])
-    base = AutoModelForCausalLM.from_pretrained(found["base"])
+        model.save_pretrained(paths[name])
+    base = AutoModelForCausalLM.from_pretrained(paths["base"])
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "lm_head"])
     model = get_peft_model(base, lora)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(found["lora"])
-    for folder in found.values():
+    model.save_pretrained(paths["lora"])
+    for folder in paths.values():
         tokenizer.save_pretrained(folder)
-    write_summary(found["lora"], "base", str(found["base"]), "lora")
-    write_summary(found["full"], "start", str(found["base"]), "full")
-    return found
+    write_summary(paths["lora"], "base", str(paths["base"]), "lora")
+    write_summary(paths["full"], "start", str(paths["base"]), "full")
+    return paths
 
 
 @pytest.fixture
@@ -116,12 +116,12 @@ def test_answers_and_rewards_are_the_models_own(
     policy, reference, ids = load(folders, run), load(folders, "base"), ids_of(folders)
     for side, model in (("policy", policy), ("reference", reference)):
         answer = greedy(model, ids, 8, tokenizer.eos_token_id)
-        found = result["answers"][0][side]
-        assert found["text"] == tokenizer.decode(answer, skip_special_tokens=True)
-        assert (found["tokens"], found["finished"]) == (len(answer), answer[-1] == tokenizer.eos_token_id)
+        answered = result["answers"][0][side]
+        assert answered["text"] == tokenizer.decode(answer, skip_special_tokens=True)
+        assert (answered["tokens"], answered["finished"]) == (len(answer), answer[-1] == tokenizer.eos_token_id)
         expected = BETA * (logp(policy, ids, answer) - logp(reference, ids, answer))
         assert abs(expected) > 0.01
-        assert found["reward"] == pytest.approx(expected, abs=1e-4)
+        assert answered["reward"] == pytest.approx(expected, abs=1e-4)
     summary = result["summary"]
     rewards = [row["policy"]["reward"] for row in result["answers"]]
     assert summary["mean_reward"]["policy"] == pytest.approx(sum(rewards) / 2)
@@ -191,7 +191,7 @@ def test_messages_raw_text_and_markdown(compare: Compare, folders: dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("is_adapter", "told", "path", "said"),
+    ("is_adapter", "reference", "path", "said"),
     [
         (True, {}, None, ""),
         (True, {"kind": "base"}, None, ""),
@@ -208,9 +208,9 @@ def test_messages_raw_text_and_markdown(compare: Compare, folders: dict[str, Pat
     ],
 )
 def test_the_reference_is_the_runs_or_a_line_says_so(
-    caplog: pytest.LogCaptureFixture, is_adapter: bool, told: dict[str, Any], path: str | None, said: str
+    caplog: pytest.LogCaptureFixture, is_adapter: bool, reference: dict[str, Any], path: str | None, said: str
 ):
-    run = SavedRun("run", is_adapter, "start", 0.1, told)
+    run = SavedRun("run", is_adapter, "start", 0.1, reference)
     assert reference_path(run) == path
     assert (said in caplog.text) if said else not caplog.text
     assert reference_path(run, "other") == "other"

@@ -94,11 +94,11 @@ def test_the_table_is_what_training_reports(
     assert code == 0, err
     rows, tokenizer = load_preferences(data), AutoTokenizer.from_pretrained(tokenizer_dir)
     table = json.loads(text)["truncation"]
-    for length, found in zip(lengths, table, strict=True):
-        trained, wanted = tokenize_dataset(rows, tokenizer, max_length=length, truncation_mode=mode)
-        assert found["rows"] == len(trained)
+    for length, row in zip(lengths, table, strict=True):
+        trained, report = tokenize_dataset(rows, tokenizer, max_length=length, truncation_mode=mode)
+        assert row["rows"] == len(trained)
         counts = ("truncated_chosen", "truncated_rejected", "dropped_long_prompt", "dropped_unscored")
-        assert {name: found[name] for name in counts} == {name: getattr(wanted, name) for name in counts}
+        assert {name: row[name] for name in counts} == {name: getattr(report, name) for name in counts}
     assert table[0]["truncated_chosen"] + table[0]["dropped_long_prompt"] > 0
 
 

@@ -145,11 +145,11 @@ def batches(path: Path, tokenizer: Any, length: int = 160) -> list[tuple[Tensor,
         for side in ("chosen", "rejected"):
             for row in rows[at : at + 2]:
                 text = tokenizer.apply_chat_template(row[side], tokenize=False, add_generation_prompt=False)
-                found = tokenizer(text)["input_ids"]
-                assert len(found) <= length
-                padding = [0] * (length - len(found))
-                ids.append(found + padding)
-                masks.append(loss_mask(found, tokenizer) + padding)
+                tokens = tokenizer(text)["input_ids"]
+                assert len(tokens) <= length
+                padding = [0] * (length - len(tokens))
+                ids.append(tokens + padding)
+                masks.append(loss_mask(tokens, tokenizer) + padding)
         whole, mask = torch.tensor(ids), torch.tensor(masks)
         made.append((whole[:, :-1], whole[:, 1:], mask[:, 1:]))
     return made
@@ -183,12 +183,12 @@ def loop(folder: Path, path: Path, log_probs: Callable[..., Tensor], loss: Calla
 
 
 def test_minimind_s_loop_and_its_dpo_jsonl_train_the_same(dpo_jsonl: Path, model_folder: Path, tmp_path: Path) -> None:
-    wanted = loop(model_folder, dpo_jsonl, their_log_probs, their_loss)
-    assert wanted[0] == pytest.approx(0.693147, abs=1e-6)
-    assert min(abs(a - b) for a, b in pairwise(wanted)) > 1e-3
+    losses = loop(model_folder, dpo_jsonl, their_log_probs, their_loss)
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert min(abs(a - b) for a, b in pairwise(losses)) > 1e-3
     # its loss functions, by their own names
     mine = loop(model_folder, dpo_jsonl, minimind.logits_to_log_probs, minimind.dpo_loss)
-    assert mine == pytest.approx(wanted, rel=1e-4)
+    assert mine == pytest.approx(losses, rel=1e-4)
     # its file, by the command
     options = {"model_name_or_path": model_folder, "dataset_name": dpo_jsonl, "output_dir": tmp_path / "out"}
     options |= {"scored_turns": "all", "beta": 0.15, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
@@ -196,4 +196,4 @@ def test_minimind_s_loop_and_its_dpo_jsonl_train_the_same(dpo_jsonl: Path, model
     options |= {"train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no"}
     assert main(["train", *(f"--{name}={value}" for name, value in options.items())]) == 0
     history = json.loads((tmp_path / "out" / "dpo_metrics" / "log_history.json").read_text())
-    assert [line["loss"] for line in history if "loss" in line] == pytest.approx(wanted, rel=1e-4)
+    assert [line["loss"] for line in history if "loss" in line] == pytest.approx(losses, rel=1e-4)

@@ -87,7 +87,7 @@ def test_training_says_it(tokenizer, caplog, tmp_path):
         "chosen": [{"role": "assistant", "content": "yes"}],
         "rejected": [{"role": "assistant", "content": "no"}],
     }
-    wanted = [
+    expected = [
         "train: 2 of 2 prompts begin with <s> twice",
         "train: 2 of 2 chosen and 2 of 2 rejected completions do not end with the EOS token </s>",
         "train: the chat template ignores add_generation_prompt",
@@ -95,7 +95,7 @@ def test_training_says_it(tokenizer, caplog, tmp_path):
     ]
     rows = Dataset.from_list([row, row])
     said = warnings_of(rows, tokenizer, caplog, tmp_path)
-    assert [sentence[: len(start)] for sentence, start in zip(said, wanted, strict=True)] == wanted
+    assert [sentence[: len(start)] for sentence, start in zip(said, expected, strict=True)] == expected
     stream = IterableDataset.from_generator(lambda: iter([row, row]))
     said = warnings_of(stream, tokenizer, caplog, tmp_path, max_steps=1)
     assert [sentence[:12] for sentence in said] == ["train: 1 of ", "train: 1 of ", "train: the c"]

@@ -12,9 +12,8 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from fastdpo.cli import main
 from fastdpo.data import formats
-from fastdpo.data.formats import DataError, load_preferences, normalize_dataset
+from fastdpo.data.formats import DataError, is_normalized, load_preferences, normalize_dataset
 from fastdpo.data.mixtures import DatasetSpec, load_mixture, mix, split_off
-from fastdpo.data.normalized import is_normalized
 
 CHAT = {
     "prompt": [{"role": "user", "content": "Hi."}],

@@ -164,13 +164,13 @@ def test_texts_have_no_turns(tokenizer, caplog):
     assert "scored_turns='all' changes nothing: the rows are tokenized already, without masks" in caplog.text
 
 
-def given(**masks: list[int]) -> dict[str, Any]:
+def masked_row(**masks: list[int]) -> dict[str, Any]:
     pair = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, 6], "rejected_ids": [7, 8]}
     return {**pair, "prompt_mask": [0, 1, 0], "chosen_mask": [0, 0, 1], "rejected_mask": [1, 1], **masks}
 
 
 def test_given_masks_are_kept_cut_and_counted(tokenizer):
-    rows = [given(), given(rejected_mask=[0, 1]), given(chosen_mask=[0, 0, 0], rejected_mask=[0, 0])]
+    rows = [masked_row(), masked_row(rejected_mask=[0, 1]), masked_row(chosen_mask=[0, 0, 0], rejected_mask=[0, 0])]
     for data in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
         pairs, report = tokenize_dataset(data, tokenizer, max_length=5)
         assert list(pairs) == rows[:2]
@@ -197,7 +197,7 @@ def test_given_masks_are_kept_cut_and_counted(tokenizer):
 
 @pytest.mark.parametrize("bad", [{"chosen_mask": [0, 1]}, {"chosen_mask": [0, 0, 2]}], ids=["short", "two"])
 def test_given_masks_are_checked(tokenizer, bad):
-    rows = [given(), given(**bad)]
+    rows = [masked_row(), masked_row(**bad)]
     message = r"train\[1\]: `chosen_mask` does not mark `chosen_ids`; wanted 0 or 1 for each of its tokens\."
     for data in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
         with pytest.raises(DataError, match=message):
@@ -213,8 +213,8 @@ def test_the_collator_scores_what_the_masks_say(tokenizer):
                 ids = pair["prompt_ids"] + pair[f"{side}_ids"]
                 mask = pair["prompt_mask"] + pair[f"{side}_mask"]
                 kept = slice(max_length) if mode == "keep_start" else slice(-(max_length or len(ids)), None)
-                wanted = [token for token, mark in zip(ids[kept], mask[kept], strict=True) if mark]
-                assert batch["targets"][start:end].tolist() == wanted
+                expected = [token for token, mark in zip(ids[kept], mask[kept], strict=True) if mark]
+                assert batch["targets"][start:end].tolist() == expected
 
 
 def test_training_scores_the_assistant_s_turns(tokenizer, tmp_path):
@@ -224,12 +224,12 @@ def test_training_scores_the_assistant_s_turns(tokenizer, tmp_path):
     config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3)
     model = LlamaForCausalLM(config)
     (pair,) = tokenized([TOOL_PAIR], tokenizer)
-    wanted = {}
+    expected = {}
     for side in ("chosen", "rejected"):
         ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
         mask = torch.tensor(pair["prompt_mask"] + pair[f"{side}_mask"])[1:].bool()
         logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        wanted[side] = logps[mask].sum().item()
+        expected[side] = logps[mask].sum().item()
     losses = []
     for precompute in (False, True):
         args = DPOConfig(
@@ -248,7 +248,7 @@ def test_training_scores_the_assistant_s_turns(tokenizer, tmp_path):
         trainer = DPOTrainer(copy.deepcopy(model), args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
         first = trainer.state.log_history[0]
-        for side, value in wanted.items():
+        for side, value in expected.items():
             assert first[f"logps/{side}"] == pytest.approx(value, abs=1e-3)
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -257,8 +257,8 @@ def test_training_scores_the_assistant_s_turns(tokenizer, tmp_path):
 
 def test_other_masks_are_other_data():
     """Stored reference log-probs are looked up by this hash."""
-    hashes = {data_hash(Dataset.from_list([given(**mask)])) for mask in ({}, {"prompt_mask": [0, 0, 0]})}
-    bare = {name: given()[name] for name in ID_COLUMNS}
+    hashes = {data_hash(Dataset.from_list([masked_row(**mask)])) for mask in ({}, {"prompt_mask": [0, 0, 0]})}
+    bare = {name: masked_row()[name] for name in ID_COLUMNS}
     assert len(hashes | {data_hash(Dataset.from_list([bare]))}) == 3
 
 

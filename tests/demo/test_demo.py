@@ -245,8 +245,8 @@ def test_scores_are_sums_over_the_answer_and_the_mode_is_put_back():
 def test_scores_are_those_of_one_unpadded_sequence_at_a_time(model, tokenizer):
     rows = read(demo_paths().heldout)[:5]
     scores = evaluate_pairs(model, batches(tokenizer, rows))
-    for side, found in zip(("chosen", "rejected"), scores, strict=True):
-        for row, value in zip(rows, found, strict=True):
+    for side, values in zip(("chosen", "rejected"), scores, strict=True):
+        for row, value in zip(rows, values, strict=True):
             prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
             ids = torch.tensor(tokenizer.apply_chat_template(row["prompt"] + row[side])["input_ids"])
             with torch.no_grad():

@@ -37,18 +37,18 @@ def test_the_plan_is_the_ops_own(dtype, backend, gemm, train, softcap, monkeypat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("FASTDPO_KEEP_MB", "8")
     n, h, v = 300, 64, 20000
-    found = doctor_plan.answer(doctor_plan.Question(n, h, v, dtype, "cpu", softcap=softcap), train)
+    answer = doctor_plan.answer(doctor_plan.Question(n, h, v, dtype, "cpu", softcap=softcap), train)
     needs = doctor_plan.NEEDS[train]
     hidden = torch.zeros(n, h, dtype=getattr(torch, dtype), requires_grad=needs.hidden)
     weight = torch.zeros(v, h, dtype=hidden.dtype, requires_grad=needs.weight)
     labels, rows = torch.zeros(n, dtype=torch.int64), torch.arange(n)
     own = linear_logprob_plan(hidden, weight, labels, rows=rows, softcap=softcap)
     assert own.fused == (gemm == "triton" and dtype == "bfloat16")
-    assert (found["backend"], found["path"], found["tile"]) == (backend, own.path, [own.rows, own.cols])
-    assert found["gemm"] == ("fused" if own.fused else "torch.mm")
-    assert found["tflop"] == own.flops / 1e12
-    assert found["peak_mib"] == own.peak_bytes / (1 << 20)
-    assert found["back_tile"] == ([own.back_rows, own.back_cols] if own.path == "recompute" else None)
+    assert (answer["backend"], answer["path"], answer["tile"]) == (backend, own.path, [own.rows, own.cols])
+    assert answer["gemm"] == ("fused" if own.fused else "torch.mm")
+    assert answer["tflop"] == own.flops / 1e12
+    assert answer["peak_mib"] == own.peak_bytes / (1 << 20)
+    assert answer["back_tile"] == ([own.back_rows, own.back_cols] if own.path == "recompute" else None)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -57,13 +57,13 @@ def test_a_gpu_that_is_not_there_is_planned_for_and_nothing_is_allocated(plan):
     # N x V is 4 TB, the head 32 GB
     sizes = ("--n", "1_000_000", "--hidden_size", "16384", "--vocab_size", "1000000")
     report = plan("--device", "cuda", *sizes)
-    (found,) = report["plans"]
+    (answer,) = report["plans"]
     assert report["ok"]
     assert (report["shape"]["arch"], report["shape"]["here"]) == ("sm_90", False)
-    assert (found["backend"], found["path"], found["gemm"]) == ("triton", "one_pass", "cuBLAS")
-    assert "no run on sm_90 is in kernels/configs.py" in found["why_gemm"]
-    assert found["tflop"] == 4 * 1e6 * 16384 * 1e6 / 1e12
-    assert found["eager_mib"] == 1e12 * (2 + 4 + 4) / (1 << 20)
+    assert (answer["backend"], answer["path"], answer["gemm"]) == ("triton", "one_pass", "cuBLAS")
+    assert "no run on sm_90 is in kernels/configs.py" in answer["why_gemm"]
+    assert answer["tflop"] == 4 * 1e6 * 16384 * 1e6 / 1e12
+    assert answer["eager_mib"] == 1e12 * (2 + 4 + 4) / (1 << 20)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -72,8 +72,8 @@ def test_who_multiplies_and_why(plan, monkeypatch: pytest.MonkeyPatch):
     from fastdpo.kernels import configs
 
     def products(*arguments: str) -> tuple[str, str]:
-        (found,) = plan(*arguments)["plans"]
-        return found["gemm"], found["why_gemm"]
+        (answer,) = plan(*arguments)["plans"]
+        return answer["gemm"], answer["why_gemm"]
 
     measured = configs.Measured("sm_80", torch.bfloat16, range(1024, 4096), "a GPU", "2026-11-21", "a command")
     monkeypatch.setattr(configs, "MEASURED", (measured,))
@@ -87,9 +87,9 @@ def test_who_multiplies_and_why(plan, monkeypatch: pytest.MonkeyPatch):
     assert products("--arch", "sm_100") == ("fused", "FASTDPO_GEMM=triton")
     refused = "FASTDPO_GEMM=triton is not taken: the operands are float32, and the fused kernels take 16-bit ones"
     assert products("--arch", "sm_100", "--dtype", "float32") == ("cuBLAS", refused)
-    (found,) = plan("--arch", "sm_90")["plans"]
+    (answer,) = plan("--arch", "sm_90")["plans"]
     tile = configs.fold_config("sm_90")
-    assert found["kernel_tile"].startswith(
+    assert answer["kernel_tile"].startswith(
         f"{tile.block_rows} x {tile.block_cols} x {tile.block_k}, {tile.warps} warps"
     )
 
@@ -99,8 +99,8 @@ def test_without_triton_a_gpu_runs_the_tiled_path(plan, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(doctor_plan, "choose_backend", lambda *_: "tiled")  # it remembers that triton is there
     report = plan("--device", "cuda")
-    (found,) = report["plans"]
-    assert (found["backend"], found["why_backend"]) == ("tiled", "triton is not installed")
+    (answer,) = report["plans"]
+    assert (answer["backend"], answer["why_backend"]) == ("tiled", "triton is not installed")
     assert report["shape"]["arch"] is None
 
 
@@ -124,14 +124,14 @@ def test_a_switch_that_cannot_work_fails_the_report(run: Run, monkeypatch, name:
 
 def test_the_reference_backend_has_eagers_peak(plan, run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FASTDPO_BACKEND", "reference")
-    (found,) = plan("--device", "cpu")["plans"]
-    assert (found["path"], found["peak_mib"]) == ("eager", None)
+    (answer,) = plan("--device", "cpu")["plans"]
+    assert (answer["path"], answer["peak_mib"]) == ("eager", None)
     _, out, _ = run("--skip_self_test", "--device", "cpu")
     assert re.search(r"head: trained head +eager +- +6\.46 +as eager", out)
 
 
 @pytest.mark.parametrize(
-    ("config", "wanted"),
+    ("config", "expected"),
     [
         (
             {"model_type": "gemma2", "final_logit_softcapping": 30.0, "dtype": "bfloat16"},
@@ -142,13 +142,13 @@ def test_the_reference_backend_has_eagers_peak(plan, run: Run, monkeypatch: pyte
     ],
     ids=["gemma2", "cohere", "granite"],
 )
-def test_a_models_folder_gives_sizes_dtype_and_logits(plan, tmp_path: Path, config: dict, wanted: dict):
+def test_a_models_folder_gives_sizes_dtype_and_logits(plan, tmp_path: Path, config: dict, expected: dict):
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 96, "vocab_size": 3200}))
     shape = plan("-m", str(tmp_path), "--device", "cpu")["shape"]
     assert (shape["h"], shape["v"]) == (96, 3200)
-    assert {name: shape[name] for name in wanted} == wanted
-    given = plan("-m", str(tmp_path), "--vocab-size", "64", "--dtype", "float32", "--device", "cpu")["shape"]
-    assert (given["h"], given["v"], given["dtype"]) == (96, 64, "float32")
+    assert {name: shape[name] for name in expected} == expected
+    named = plan("-m", str(tmp_path), "--vocab-size", "64", "--dtype", "float32", "--device", "cpu")["shape"]
+    assert (named["h"], named["v"], named["dtype"]) == (96, 64, "float32")
 
 
 def test_a_model_that_cannot_be_trained_or_read(run: Run, tmp_path: Path):

@@ -62,11 +62,11 @@ def test_what_cannot_work_is_said_with_its_reason(installed, build, cards, drive
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(machine, "nvidia_driver", lambda: driver)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = machine.findings({**GOOD, **installed}, build, cards, wants_gpu=False)
+    problems = machine.findings({**GOOD, **installed}, build, cards, wants_gpu=False)
     if text is None:
-        assert found == []
+        assert problems == []
         return
-    (finding,) = found
+    (finding,) = problems
     assert finding.text.startswith(text)
     # nothing works with such versions; a GPU that is not used was not asked for
     required = any(have != machine.MINIMUM.get(name) for name, have in installed.items() if name != "triton")

@@ -37,9 +37,9 @@ from fastdpo.cli.train.parsing import UsageError, parse
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_values_have_their_types(argv: list[str], name: str, value: Any):
-    found = parse(argv).values[name]
-    assert found == value
-    assert type(found) is type(value)
+    read = parse(argv).values[name]
+    assert read == value
+    assert type(read) is type(value)
 
 
 @pytest.mark.parametrize(

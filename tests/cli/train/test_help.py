@@ -52,13 +52,13 @@ def test_main_help_has_groups_and_every_argument_is_in_help_all(run: Callable[..
 
 def test_the_table_of_fields_equals_the_dataclasses():
     expected = {field.name: field for field in generate_fields.fields_of_dataclasses()}
-    found = {field.name: field for field in fields.FIELDS}
+    table = {field.name: field for field in fields.FIELDS}
     if transformers.__version__ != fields.TRANSFORMERS:
         # TrainingArguments changes with each release; what fastdpo defines must agree with any of them
         inherited = set(transformers.TrainingArguments.__dataclass_fields__) - set(
             generate_fields.DPOConfig.__annotations__
         )
         expected = {name: field for name, field in expected.items() if name not in inherited}
-        found = {name: field for name, field in found.items() if name not in inherited}
-    assert found == expected, "run python -m fastdpo.cli.train.generate_fields"
-    assert all(field.help for field in found.values())
+        table = {name: field for name, field in table.items() if name not in inherited}
+    assert table == expected, "run python -m fastdpo.cli.train.generate_fields"
+    assert all(field.help for field in table.values())

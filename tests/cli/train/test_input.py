@@ -162,13 +162,13 @@ def test_a_model_folder_that_cannot_be_read(
                 path.unlink()
 
     name = tmp_path / "model"
-    found = answer(lambda folder: cut(folder / "config.json"))
-    assert found.startswith(f"fastdpo train: error: the config.json of the model {name} is not readable: ")
+    sentence = answer(lambda folder: cut(folder / "config.json"))
+    assert sentence.startswith(f"fastdpo train: error: the config.json of the model {name} is not readable: ")
     for damage in (without_tokenizer, lambda folder: cut(folder / "tokenizer.json")):
-        found = answer(damage)
-        assert found.startswith(f"fastdpo train: error: the model {name} has no tokenizer that can be read: ")
-    found = answer(lambda folder: cut(folder / "model.safetensors"))
-    assert found.startswith(f"fastdpo train: error: cannot load model '{name}': ")
+        sentence = answer(damage)
+        assert sentence.startswith(f"fastdpo train: error: the model {name} has no tokenizer that can be read: ")
+    sentence = answer(lambda folder: cut(folder / "model.safetensors"))
+    assert sentence.startswith(f"fastdpo train: error: cannot load model '{name}': ")
 
 
 def test_which_split_is_evaluated(tmp_path: Path, write: Callable[..., str], capsys: pytest.CaptureFixture[str]):

@@ -181,22 +181,23 @@ resume_from_checkpoint: null
 def test_a_method_other_than_a_fresh_lora(values: Callable[..., dict[str, Any]]):
     assert values("finetuning_type: full\nlora_rank: 64") == ALWAYS
     assert values("finetuning_type: freeze") == {**ALWAYS, "freeze_trainable_layers": 2}
-    found = values("finetuning_type: freeze\nfreeze_trainable_layers: -3\nfreeze_trainable_modules: self_attn,mlp")
-    assert found["freeze_trainable_layers"] == -3
-    assert found["freeze_trainable_modules"] == ["self_attn", "mlp"]
+    arguments = values("finetuning_type: freeze\nfreeze_trainable_layers: -3\nfreeze_trainable_modules: self_attn,mlp")
+    assert arguments["freeze_trainable_layers"] == -3
+    assert arguments["freeze_trainable_modules"] == ["self_attn", "mlp"]
     # an adapter that goes on has its own rank and targets
-    found = values("finetuning_type: lora\nadapter_name_or_path: sft\nlora_rank: 64\nlora_target: all")
-    assert found == {**ALWAYS, "adapter_name_or_path": ["sft"]}
+    arguments = values("finetuning_type: lora\nadapter_name_or_path: sft\nlora_rank: 64\nlora_target: all")
+    assert arguments == {**ALWAYS, "adapter_name_or_path": ["sft"]}
 
 
 def test_the_command_line_goes_before_the_file_under_either_name(values: Callable[..., dict[str, Any]]):
     text = "pref_beta: 0.1\nlora_rank: 8\ncutoff_len: 512\nref_model: base"
-    found = values(text, "pref_beta=0.2", "lora_rank=16", "--max_length", "64", "ref_model=null")
-    assert found == {**ALWAYS, **LORA, "beta": 0.2, "lora_r": 16, "lora_alpha": 32, "max_length": 64, "ref_model": None}
+    arguments = values(text, "pref_beta=0.2", "lora_rank=16", "--max_length", "64", "ref_model=null")
+    lora = {**LORA, "lora_r": 16, "lora_alpha": 32}
+    assert arguments == {**ALWAYS, **lora, "beta": 0.2, "max_length": 64, "ref_model": None}
     assert values(text, "--beta", "0.4", "--max_length=none")["max_length"] is None
     assert values(text, "--beta", "0.4")["beta"] == 0.4
-    found = values("pref_bco_weight: 1", "--loss_type", "hinge")
-    assert (found["loss_type"], found["loss_weights"]) == (["hinge", "bco_pair"], [0.5, 0.5])
+    arguments = values("pref_bco_weight: 1", "--loss_type", "hinge")
+    assert (arguments["loss_type"], arguments["loss_weights"]) == (["hinge", "bco_pair"], [0.5, 0.5])
     # without a file, as LLaMA-Factory's own command takes them
     assert parse(["--stage", "dpo", "--pref_beta", "0.4", "--lora_target", "q_proj,v_proj"]).values == {
         **ALWAYS,

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fastdpo.cli import main
 from fastdpo.cli.train import checks
 from fastdpo.cli.train.command import DEFAULTS, build_peft_config
-from fastdpo.cli.train.parsing import UsageError, parse
+from fastdpo.cli.train.parsing import BY_NAME, UNLISTED_NAMES, UsageError, parse
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.config.old_names import OLD_NAMES
 from fastdpo.models.load import load_policy
 from fastdpo.training.report import metric_files
 
@@ -98,7 +97,7 @@ def test_old_names_are_flags_and_keys(
     words = [word.removeprefix("--").replace("-", "_") for word in " ".join(argv).replace("=", " ").split()]
     pairs = []
     for word in words:
-        if word in OLD_NAMES or word in ("torch_dtype", "dtype", "streaming", "warmup_steps", "use_peft"):
+        if word in BY_NAME or word in UNLISTED_NAMES:
             pairs.append([word, "true"])
         else:
             pairs[-1][1] = word
@@ -109,8 +108,8 @@ def test_old_names_are_flags_and_keys(
 def test_an_old_name_on_the_command_line_goes_before_todays_in_a_file(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("warmup_steps: 100\neval_strategy: epoch\n")
-    found = parse([str(path), "warmup_ratio=0.2", "evaluation_strategy=no"]).values
-    assert found == {"warmup_steps": 0.2, "eval_strategy": "no"}
+    arguments = parse([str(path), "warmup_ratio=0.2", "evaluation_strategy=no"]).values
+    assert arguments == {"warmup_steps": 0.2, "eval_strategy": "no"}
 
 
 @pytest.mark.parametrize(
@@ -300,8 +299,8 @@ def test_quantized_weights_keep_their_gradient_after_a_pass_without(model_dir: s
         model.train()(ids).logits.log_softmax(-1)[..., 3].sum().backward()
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
-    for found, expected in zip(gradients(False), gradients(True), strict=True):
-        assert (found - expected).norm() <= 1e-4 * expected.norm()
+    for gradient, expected in zip(gradients(False), gradients(True), strict=True):
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 
 
 # minimind's file
