@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear_logprob.cases import DTYPES, HEADS, MOST_TOKENS, Growth, peaked_inputs
+from fastdpo.ops.oracle import peaked_inputs
+
+from ..linear_logprob.cases import DTYPES, HEADS, MOST_TOKENS, Growth
 
 BETA = 0.1
 IGNORE = -100

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.ops.oracle import SAMPLE, Distribution, Outputs, Truth, spread
+from fastdpo.ops.oracle import SAMPLE, Distribution, Outputs, Truth, evenly
 
 from ..linear_logprob.cases import Growth
 from ..linear_logprob.step import own_plan, own_work
@@ -76,12 +76,12 @@ class LossComparison(Comparison):
         pull = BETA * torch.sigmoid(-margin) / b
         upstream = torch.cat((-pull, pull))[sequence]
 
-        few = spread(len(labels), SAMPLE, labels.device)
+        few = evenly(len(labels), SAMPLE, labels.device)
         unscored = (self.pairs.labels.view(-1) == IGNORE).nonzero()[:, 0]
-        unscored = unscored[spread(len(unscored), SAMPLE // 4, labels.device)]
+        unscored = unscored[evenly(len(unscored), SAMPLE // 4, labels.device)]
         d_scored = p.d_hidden(labels, upstream, few)
         d_hidden = torch.cat((d_scored, d_scored.new_zeros(len(unscored), d_scored.shape[1])))
-        columns = torch.cat((labels[few[::2]], spread(len(self.pairs.weight), SAMPLE // 2, labels.device))).unique()
+        columns = torch.cat((labels[few[::2]], evenly(len(self.pairs.weight), SAMPLE // 2, labels.device))).unique()
         values = {
             "rewards": torch.cat((rewards, -F.logsigmoid(margin).mean().view(1))),
             "dh": d_hidden,

@@ -1,11 +1,8 @@
-"""What `linear_logprob` measures: the heads of real models, shapes in order of importance, inputs like a trained
-model's."""
+"""What `linear_logprob` measures: the heads of real models, and shapes in order of importance."""
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 MODES = ("forward", "frozen", "trained")
 UNIT = 16  # tokens that a trial of the largest N grows by
@@ -179,21 +176,3 @@ def _cuda_cases(quick: bool) -> list[LogprobCase]:
         for n, dtype, head in groups
         for mode in MODES
     ]
-
-
-def peaked_inputs(
-    n: int, h: int, v: int, dtype: torch.dtype, device: str, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, H), weight (V, H), labels (N,), with W[y] mixed into h: random logits would be flat, and peers that
-    skip small probabilities would look far too fast. The gap z_y - logsumexp(rest) runs over about -6 to 12 nats."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    weight = randn(v, h).div_(math.sqrt(h))
-    labels = torch.randint(0, v, (n,), generator=generator, device=device)
-    hidden = randn(n, h)
-    gaps = torch.linspace(-6, 12, n, device=device)[torch.randperm(n, generator=generator, device=device)]
-    hidden += (math.log(v) + gaps)[:, None] * weight[labels]
-    return hidden.to(dtype), weight.to(dtype), labels

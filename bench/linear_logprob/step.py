@@ -8,14 +8,14 @@ from torch import Tensor
 
 from fastdpo.ops.linear_logprob.api import linear_logprob_plan
 from fastdpo.ops.linear_logprob.plan import Plan
-from fastdpo.ops.oracle import SAMPLE, Distribution, Outputs, Truth, spread
+from fastdpo.ops.oracle import SAMPLE, Distribution, Outputs, Truth, evenly, peaked_inputs
 
 from ..measure.bounds import Work, own_bytes, peer_work
 from ..measure.comparison import Comparison
 from ..measure.entries import Entry
 from ..measure.timing import MIB
 from . import real
-from .cases import DTYPES, UNIT, Growth, LogprobCase, peaked_inputs
+from .cases import DTYPES, UNIT, Growth, LogprobCase
 from .peers import EAGER
 
 BLOCK = 1024  # rows that eager takes at once where its errors are the measure
@@ -56,7 +56,7 @@ class LogprobComparison(Comparison):
 
     def sample(self, outputs: Outputs) -> tuple["LogprobComparison", Outputs]:
         """Some rows of logp and dh; dw is a sum over all."""
-        rows = spread(self.tokens, SAMPLE, self.labels.device)
+        rows = evenly(self.tokens, SAMPLE, self.labels.device)
         return self._part(rows), {name: outputs[name][rows] for name in ("logp", "dh")}
 
     def step(self, entry: Entry, mode: str) -> Outputs:
@@ -71,8 +71,8 @@ class LogprobComparison(Comparison):
 
     def make_truth(self) -> Truth:
         p = Distribution.of(self.hidden, self.weight, self.softcap)
-        rows = spread(len(self.labels), SAMPLE, self.labels.device)
-        columns = torch.cat((self.labels[rows[::2]], spread(len(self.weight), SAMPLE // 2, rows.device))).unique()
+        rows = evenly(len(self.labels), SAMPLE, self.labels.device)
+        columns = torch.cat((self.labels[rows[::2]], evenly(len(self.weight), SAMPLE // 2, rows.device))).unique()
         upstream = self.upstream.double()
         values = {
             "logp": p.logp(self.labels),

@@ -13,14 +13,14 @@ from functools import partial
 import torch
 
 from fastdpo.kernels.configs import GemmConfig, arch_of, candidates, override
-from fastdpo.ops.oracle import passes
+from fastdpo.ops.oracle import passes, peaked_inputs
 
 from ..measure.conditions import environment
 from ..measure.entries import Entry
 from ..measure.faults import attempt
 from ..measure.missing import NO_TIME, WRONG
 from ..measure.timing import Budget, Rounds, Timer, interleaved
-from .cases import DTYPES, HEADS, peaked_inputs
+from .cases import DTYPES, HEADS
 from .peers import fastdpo
 from .step import LogprobComparison
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastdpo.ops import oracle
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = [
     ".".join(path.relative_to(ROOT / "bench").with_suffix("").parts)
@@ -86,7 +88,7 @@ def _with_entry(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Call
 
 def _logprobs(bench: SimpleNamespace) -> Callable[..., Any]:
     def logprobs(n: int, h: int, v: int, dtype: torch.dtype, softcap: float | None = None) -> Any:
-        inputs = bench.linear_logprob.cases.peaked_inputs(n, h, v, dtype, "cpu")
+        inputs = oracle.peaked_inputs(n, h, v, dtype, "cpu")
         return bench.linear_logprob.step.LogprobComparison(*inputs, softcap)
 
     return logprobs

@@ -9,7 +9,7 @@ from fastdpo.ops import oracle
 
 
 def test_inputs_are_peaked(bench):
-    hidden, weight, labels = bench.linear_logprob.cases.peaked_inputs(200, 64, 4000, torch.float32, "cpu")
+    hidden, weight, labels = oracle.peaked_inputs(200, 64, 4000, torch.float32, "cpu")
     p = torch.softmax(hidden @ weight.t(), -1).gather(1, labels[:, None])
     assert float((p > 0.9).float().mean()) > 0.3
     assert float((p < 0.1).float().mean()) > 0.1

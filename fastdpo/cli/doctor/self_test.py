@@ -18,13 +18,20 @@ from torch import Tensor
 
 from fastdpo.ops import reference
 from fastdpo.ops.linear_logprob.api import linear_logprob, linear_logprob_plan
+from fastdpo.ops.oracle import (
+    RELATIVE_LIMIT,
+    ROW_LIMIT,
+    TOKEN_LIMIT,
+    eager_limit,
+    largest_error,
+    planted_inputs,
+    worst_row,
+)
 from fastdpo.wording import one_sentence
 
 N, H, V = 192, 328, 2051
 IGNORED = 7  # of so many labels one is ignored
 GAPS = (-8.0, 16.0)  # nats
-TOKEN_LIMIT, RELATIVE_LIMIT = 1e-4, 1e-3
-ROW_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 1.2e-2, torch.float16: 1.2e-2}
 CASES: dict[str, dict[str, float]] = {"plain": {}, "bias, rows, softcap": {"softcap": 30.0, "logit_scale": 1.1}}
 # path -> (hidden and head need gradients, FASTDPO_KEEP_MB)
 PATHS = {
@@ -130,14 +137,14 @@ def _check(backend: str, dtype: torch.dtype, problem: Problem) -> tuple[dict[str
             wrong.append(f"{path}: log-probs are not the bits of the reference pass")
         results = {name: x.cpu().double() for name, x in results.items()}
         truth, live = problem.truth["logp"], problem.truth["logp"] != 0
-        hold(path, "logp", _worst(results["logp"], truth), TOKEN_LIMIT)
+        hold(path, "logp", largest_error(results["logp"], truth), TOKEN_LIMIT)
         hold(path, "relative", float(((results["logp"] - truth) / truth)[live].abs().max()), RELATIVE_LIMIT)
         if "dh" in results:
-            hold(path, "dh", _worst_row(results["dh"], problem.truth["dh"], dtype), ROW_LIMIT[dtype])
+            hold(path, "dh", worst_row(results["dh"], problem.truth["dh"], dtype), ROW_LIMIT[dtype])
         for name in ("dw", "db"):
             if name in results:
-                limit = 2 * problem.eager[name] + 1e-6
-                hold(path, name, _worst(results[name], problem.truth[name]) / limit, 1.0)
+                limit = eager_limit(problem.eager[name])
+                hold(path, name, largest_error(results[name], problem.truth[name]) / limit, 1.0)
     return errors, wrong
 
 
@@ -148,22 +155,6 @@ NAMES = {
     "dw": "error of d weight over its limit",
     "db": "error of d bias over its limit",
 }
-
-
-def _worst(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).abs().max())
-
-
-def _worst_row(found: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """Largest relative error of a row that has a gradient; inf where an ignored one has any."""
-    size = truth.norm(dim=-1)
-    error = (found - truth).norm(dim=-1)
-    if bool(error[size == 0].any()):
-        return math.inf
-    live = size > 0
-    if dtype == torch.float16:  # the gradient that is returned underflows; what is saved does not
-        live &= truth.abs().amax(-1) > 1e-3
-    return float((error / size)[live].max())
 
 
 @contextmanager
@@ -220,7 +211,7 @@ def _gradients(out: Tensor, leaves: list[Tensor | None], upstream: Tensor) -> di
 def _problem(dtype: torch.dtype, device: torch.device, options: dict[str, float]) -> Problem:
     generator = torch.Generator().manual_seed(0)
     columns = _columns(device)
-    hidden, weight, labels = _planted(generator, columns)
+    hidden, weight, labels = planted_inputs(N, H, columns, GAPS, generator)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = (torch.randn(columns, generator=generator) * 0.1).to(dtype) if options else None
     rows = torch.randperm(N, generator=generator) if options else None
@@ -242,7 +233,7 @@ def _problem(dtype: torch.dtype, device: torch.device, options: dict[str, float]
         {},
     )
     for name, x in _eager(there).items():
-        there.eager[name] = _worst(x.cpu().double(), truth[name])
+        there.eager[name] = largest_error(x.cpu().double(), truth[name])
     return there
 
 
@@ -257,17 +248,3 @@ def _eager(problem: Problem) -> dict[str, Tensor]:
     z = z if cap is None else cap * torch.tanh(z / cap)
     z = z if problem.rows is None else z[problem.rows]
     return _gradients(reference.logprob(z, problem.labels), leaves, problem.upstream)
-
-
-def _planted(generator: torch.Generator, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, H), weight (columns, H), labels (N,), fp64; the rows' gaps z_y - logsumexp(rest) run over `GAPS`."""
-    weight = torch.randn(columns, H, generator=generator, dtype=torch.float64) / math.sqrt(H)
-    labels = torch.randint(0, columns, (N,), generator=generator)
-    hidden = torch.randn(N, H, generator=generator, dtype=torch.float64)
-    wanted = torch.linspace(*GAPS, N, dtype=torch.float64)
-    for _ in range(5):  # steps towards the wanted gaps
-        z = hidden @ weight.t()
-        chosen = z.gather(1, labels[:, None])[:, 0]
-        rest = z.scatter(1, labels[:, None], -math.inf).logsumexp(1)
-        hidden += ((wanted - (chosen - rest)) / weight[labels].square().sum(1))[:, None] * weight[labels]
-    return hidden, weight, labels
