@@ -95,6 +95,16 @@ def _module_or_attribute(name: str) -> bool:
     return name.removeprefix("fastdpo.") in fastdpo.__all__
 
 
+def missing_parts(page: Path, root: Path = ROOT) -> list[str]:
+    """Of steps as "1. `file.py`: ... `NAME`": functions and constants that the file does not have."""
+    missing = []
+    for path, rest in re.findall(r"^\d+\. `([\w/]+\.py)`(.*(?:\n   .*)*)", page.read_text(), re.M):
+        code = (root / path).read_text()
+        parts = re.findall(r"`(test_\w+|[A-Z][A-Z_]{2,}|[A-Z]\w+)`", rest)
+        missing += [f"{path}: {part}" for part in parts if not re.search(rf"\b{part}\b", code)]
+    return missing
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path):
     assert broken_links(page) == []
@@ -103,6 +113,10 @@ def test_links_lead_somewhere(page: Path):
 @pytest.mark.parametrize("page", [*PAGES, *FORMS], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_is_named_is_there(page: Path):
     assert missing_names(page) == []
+
+
+def test_steps_name_what_their_files_have():
+    assert missing_parts(ROOT / "docs/architecture.md") == []
 
 
 def test_every_page_can_be_reached_from_readme():
@@ -130,6 +144,13 @@ def test_links_and_names_that_are_wrong_are_seen(tmp_path: Path):
     assert missing_names(page, tmp_path) == [
         *("absent.py", "bench.absent", "fastdpo.absent.module", "fastdpo/absent.py", "kernels/")
     ]
+
+
+def test_a_step_that_names_what_is_elsewhere_is_seen(tmp_path: Path):
+    (tmp_path / "a.py").write_text("CASES = [1]\n\n\ndef test_it(): ...\n")
+    page = tmp_path / "page.md"
+    page.write_text("1. `a.py`: a row of `CASES`, as `test_it`\n   and `test_that`, has.\n2. `a.py`: `NAMES`.\n")
+    assert missing_parts(page, tmp_path) == ["a.py: test_that", "a.py: NAMES"]
 
 
 def test_hooks_fetch_nothing():

@@ -1,24 +1,19 @@
 """`DPOConfig`: transformers' `TrainingArguments` plus what DPO needs, under TRL 1.16's names and defaults."""
 
-import json
 import logging
-import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
-import torch
 from transformers import TrainingArguments
-from transformers.utils.chat_template_utils import get_json_schema
-from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from fastdpo.config.checks import ON_NAN, check_trackers
+from fastdpo.config import checks
 from fastdpo.config.old_names import accepts_old_names, todays_init_kwargs
-from fastdpo.data.collate import TRUNCATION_MODES, check_truncation
+from fastdpo.config.trackers import check_trackers
+from fastdpo.data.collate import TRUNCATION_MODES
 from fastdpo.data.layouts import BATCH_LAYOUTS
 from fastdpo.data.limits import ON_OVERLONG
 from fastdpo.data.tokenize_row import SCORED_TURNS
-from fastdpo.json_text import parse_json
 from fastdpo.losses import LossOptions
 from fastdpo.losses.options import AGGREGATES, F_DIVERGENCES
 
@@ -47,7 +42,7 @@ class DPOConfig(TrainingArguments):
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
     logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many update steps; below 1, a share of all steps."}
+        default=10, metadata={"help": "Log every N update steps; below 1, a share of all steps."}
     )
     logging_nan_inf_filter: bool = field(
         default=False,
@@ -173,7 +168,7 @@ class DPOConfig(TrainingArguments):
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata={"help": "Probability that a label is flipped, in [0, 0.5); really applied to sigmoid (cDPO)."},
+        metadata={"help": "Probability that a label is flipped, in [0, 0.5); applied to sigmoid too (cDPO)."},
     )
     aggregate: str = field(
         default="sum",
@@ -236,7 +231,7 @@ class DPOConfig(TrainingArguments):
         default="stop",
         metadata={
             "help": "At a loss, gradient or weight that is not finite: stop with an error, or continue with a line.",
-            "choices": list(ON_NAN),
+            "choices": list(checks.ON_NAN),
         },
     )
     resume_with_other_data: bool = field(
@@ -252,13 +247,13 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.f_divergence_type, Enum):  # TRL up to 0.28
             self.f_divergence_type = self.f_divergence_type.value
         self.loss_options()
-        self._check_lengths()
-        self._check_tools()
-        self._check_reference()
-        self._check_schedule()
+        checks.check_lengths(self)
+        checks.check_tools(self)
+        checks.check_reference(self)
+        checks.check_schedule(self)
         check_trackers(self.report_to)
-        self._say_what_is_not_used()
-        self._choose_precision()
+        checks.say_what_is_not_used(self)
+        checks.choose_precision(self)
         # the alias is deprecated in transformers 5.2x; the default of ours is no reason for a warning
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
@@ -274,109 +269,3 @@ class DPOConfig(TrainingArguments):
     def loss_options(self) -> LossOptions:
         """The options of the loss, checked."""
         return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
-
-    def _check_lengths(self) -> None:
-        check_truncation(self.max_length, self.truncation_mode)
-        named = (("on_overlong", ON_OVERLONG), ("scored_turns", SCORED_TURNS), ("on_nan", ON_NAN))
-        for name, choices in named:
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("max_prompt_length", "max_completion_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        multiple = self.pad_to_multiple_of
-        if isinstance(multiple, str) and multiple != "auto":
-            if multiple.lower() in ("none", "null"):
-                self.pad_to_multiple_of = None
-            elif multiple.isdigit():
-                self.pad_to_multiple_of = int(multiple)
-        multiple = self.pad_to_multiple_of
-        if multiple not in (None, "auto") and (isinstance(multiple, str) or multiple < 1):
-            raise ValueError(f"pad_to_multiple_of must be 'auto' or a number >= 1, got {multiple!r}.")
-        if self.batch_layout not in ("auto", *BATCH_LAYOUTS):
-            wanted = ", ".join(("auto", *BATCH_LAYOUTS))
-            raise ValueError(f"batch_layout is {self.batch_layout!r}; wanted one of {wanted}.")
-        if self.padding_free and self.batch_layout == "padded":
-            raise ValueError("padding_free and batch_layout='padded' exclude each other; leave one out.")
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 2:
-            raise ValueError(f"max_tokens_per_batch must be at least 2, got {self.max_tokens_per_batch}.")
-        if self.max_tokens_per_batch is not None and self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size changes the pairs of a batch, and max_tokens_per_batch plans the batches of the "
-                "whole run for one number; use one of them."
-            )
-        if self.dataset_num_proc is not None and self.dataset_num_proc < 1:
-            raise ValueError(f"dataset_num_proc must be at least 1, got {self.dataset_num_proc}.")
-
-    def _check_tools(self) -> None:
-        if isinstance(self.tools, str):
-            try:
-                self.tools = parse_json(self.tools)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"tools is not JSON: {error.msg} at character {error.pos}.") from None
-            except ValueError as error:
-                raise ValueError(f"tools cannot be read: {error}.") from error
-        if self.tools is not None and not isinstance(self.tools, list):
-            raise ValueError(f"tools must be a list of tools, got {type(self.tools).__name__}.")
-        # text, as every other argument: it is logged, hashed and written to files
-        self.tools = json.dumps([get_json_schema(t) if callable(t) else t for t in self.tools]) if self.tools else None
-
-    def _check_reference(self) -> None:
-        for name in ("precompute_ref_batch_size", "ref_model_sync_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}.")
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError(
-                "sync_ref_model moves the reference, and precompute_ref_log_probs keeps the log-probs of one that "
-                "stays; use one of them."
-            )
-
-    def _check_schedule(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise ValueError(f"learning_rate must be a number >= 0, got {self.learning_rate}.")
-        for name in ("logging_steps", "save_steps", "eval_steps"):
-            steps = getattr(self, name)
-            if steps is not None and not (math.isfinite(steps) and steps >= 0):
-                raise ValueError(f"{name} must be a number of steps, or a share of them below 1, got {steps}.")
-        if self.logging_strategy == "steps" and self.logging_steps == 0:
-            raise ValueError("logging_steps must be above 0 where logging_strategy is 'steps', got 0.")
-        when = [getattr(strategy, "value", strategy) for strategy in (self.eval_strategy, self.save_strategy)]
-        if self.load_best_model_at_end and when[1] not in ("best", when[0]):
-            raise ValueError(
-                f"load_best_model_at_end compares evaluations of what is saved, and eval_strategy is {when[0]!r} and "
-                f"save_strategy {when[1]!r}; make them the same."
-            )
-        if self.max_steps == 0:
-            raise ValueError("max_steps must be at least 1, or -1 to train for num_train_epochs, got 0.")
-        if self.max_steps < 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
-            raise ValueError(f"num_train_epochs must be > 0 where max_steps is not set, got {self.num_train_epochs}.")
-
-    def _say_what_is_not_used(self) -> None:
-        if self.padding_free:
-            logger.warning(f"padding_free is part of batch_layout today, which is {self.batch_layout!r}.")
-        if self.activation_offloading:
-            logger.warning(
-                "activation_offloading is not used: activations stay on the device; gradient_checkpointing saves "
-                "most of their memory."
-            )
-
-    def _choose_precision(self) -> None:
-        if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are both set; a run computes in one of them: leave one out.")
-        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
-            logger.warning("fp16 needs a GPU, and none is in use: training is in fp32.")
-        if self.bf16 is None:
-            device_has_it = not self.use_cpu and is_torch_bf16_gpu_available()
-            self.bf16 = bool(device_has_it and not self.fp16)  # pyright: ignore[reportIncompatibleVariableOverride] as above
-            if not device_has_it and not self.fp16:
-                logger.warning("bf16 is off: no GPU with bfloat16 is in use, training is in fp32.")
-        elif self.bf16 and not torch.accelerator.is_available():
-            # bfloat16 autocast works on a CPU; transformers refuses it unless the CPU is asked for by name
-            self.use_cpu = True

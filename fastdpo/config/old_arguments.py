@@ -38,7 +38,8 @@ def settled_arguments(args: Any, given: Mapping[str, Any], todays: tuple[str, ..
             raise TypeError(f"DPOTrainer has no argument {name!r}{hint}")
     given = {name: value for name, value in given.items() if name not in _NEVER and value is not None}
     if given:
-        logger.warning(f"{', '.join(given)}: given to DPOTrainer, belong in DPOConfig; taken as given.")
+        values = "value" if len(given) == 1 else "values"
+        logger.warning(f"Pass {', '.join(given)} in DPOConfig; using the {values} given here.")
         given = todays_names(given, _KNOWN, "DPOTrainer")
     if args is None:
         return DPOConfig(**given)

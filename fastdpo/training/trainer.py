@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
-from fastdpo.config.checks import outlive_full_disk
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.config.old_arguments import settled_arguments
+from fastdpo.config.trackers import outlive_full_disk
 from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
 from fastdpo.data.tokenize_dataset import TokenizeReport
 from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from fastdpo.config import checks as trackers_module
 from fastdpo.config import dpo_config as config_module
-from fastdpo.config.checks import TRACKERS
+from fastdpo.config import trackers as trackers_module
 from fastdpo.config.dpo_config import DPOConfig
+from fastdpo.config.trackers import TRACKERS
 
 OWN = set(inspect.get_annotations(DPOConfig)) - {"_VALID_DICT_FIELDS"}
 

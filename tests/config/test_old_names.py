@@ -154,7 +154,7 @@ def test_trl_s_arguments_that_change_nothing_say_so(caplog: Any) -> None:
     config(padding_free=False, activation_offloading=False)
     assert caplog.messages == []
     config(padding_free=True, activation_offloading=True)
-    assert caplog.messages[0] == "padding_free is part of batch_layout today, which is 'auto'."
+    assert caplog.messages[0] == "padding_free has no effect; batch_layout='auto' decides."
     assert caplog.messages[1].startswith("activation_offloading is not used")
     assert len(caplog.messages) == 2
 
@@ -310,9 +310,11 @@ def test_arguments_of_the_old_trainer(tmp_path: Path, caplog: Any) -> None:
     assert (trainer.args.beta, trainer.args.max_length, trainer.args.loss_type) == (0.05, 12, ["ipo"])
     assert trainer._loss_options.beta == 0.05
     assert trainer.train_dataset[0] == pairs((6, 3, 2))[0] | {"prompt_ids": [3, 4, 5, 6]}
-    (line,) = [line for line in caplog.messages if "belong in DPOConfig" in line]
-    assert line.startswith("beta, max_length, max_prompt_length, max_target_length, loss_type, label_pad_token_id: ")
-    assert "tokenizer is processing_class today; taken as that." in caplog.messages
+    (line,) = [line for line in caplog.messages if "in DPOConfig; using the value" in line]
+    assert line.startswith(
+        "Pass beta, max_length, max_prompt_length, max_target_length, loss_type, label_pad_token_id in "
+    )
+    assert "tokenizer= is now processing_class=; using it." in caplog.messages
     assert args.beta == 0.3
     for name, words in (("model_init", "pass the model itself"), ("preprocess_logits_for_metrics", "logits are never")):
         with pytest.raises(TypeError, match=f"DPOTrainer takes no {name}: {words}"):

@@ -149,7 +149,7 @@ class DataArguments:
     data_scale_rate: float = field(
         default=1.0, metadata={"help": "Share of each training dataset that is taken, at random, in (0, 1]."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Take at most so many pairs of each dataset."})
+    max_samples: int | None = field(default=None, metadata={"help": "Take at most N pairs of each dataset."})
     test_split_size: float | None = field(
         default=None, metadata={"help": "Pairs split off for evaluation: a share below 1, or a number of pairs."}
     )
