@@ -25,7 +25,7 @@ from .measure import conditions
 from .measure.entries import Entry, Factory, make_entries
 from .measure.missing import BENIGN, SAME_PATH
 from .measure.timing import Budget, Timer
-from .record import Record
+from .record import RunRecord
 from .session import SETTINGS, Case, Settings, run_cases
 from .show import plot, sentences
 from .show.terminal import over_trl, summary
@@ -158,7 +158,7 @@ def _measure(
         baseline.check(before, arguments.baseline, benchmark, environment, [case.name for case in planned])
         if path.resolve() == arguments.baseline.resolve():
             raise UsageError(f"--baseline {arguments.baseline} is the file that this run writes: give another --out")
-    record = Record(path, benchmark, environment, planned, settings.clock)
+    record = RunRecord(path, benchmark, environment, planned, settings.clock)
     activations = _activations(device, arguments)
     try:
         run_cases(planned, entries, settings, Timer(device), Budget(settings.minutes), record, activations)
@@ -178,16 +178,16 @@ def _measure(
     return int(failed)
 
 
-def _failed(record: Record) -> bool:
+def _failed(record: RunRecord) -> bool:
     """Whether an entry of ours, or a whole case, has no result for another reason than time or memory."""
     ours = (m for m in record.unmeasured() if not m.entry or m.entry.startswith("fastdpo"))
     return any(not m.reason.endswith(BENIGN) for m in ours)
 
 
-def _print_end(record: Record, device: str, settings: Settings) -> None:
+def _print_end(record: RunRecord, device: str, settings: Settings) -> None:
     lines = summary(record)
     if device == "cpu" and lines:
-        base = "what is there at rest" if record.benchmark == "train_step" else "the inputs"
+        base = "weights, reference and optimizer" if record.benchmark == "train_step" else "the inputs"
         print(f"\n{record.benchmark}: {settings.clock.removesuffix('_ms')} time and peak memory above {base}\n{lines}")
     over = over_trl(record, SUMMARY_TOKENS)
     if device == "cuda" and over:

@@ -14,7 +14,7 @@ from .measure.missing import WRONG, Missing
 from .measure.rows import Row
 
 
-class Record:
+class RunRecord:
     """Rows so far, and by name everything that has none.
 
     path: of the JSON; None writes nothing. planned: the benchmark's cases. clock: "best_ms" or "median_ms", the time

@@ -16,7 +16,7 @@ from .measure.faults import attempt, device_lost
 from .measure.missing import NO_TIME, Missing
 from .measure.rows import measure_case
 from .measure.timing import Budget, Rounds, Timer
-from .record import Record
+from .record import RunRecord
 from .show.terminal import growth_table, table
 from .train_step.cases import TrainCase
 from .train_step.tables import terminal_table
@@ -68,7 +68,7 @@ def run_cases(
     settings: Settings,
     timer: Timer,
     budget: Budget,
-    record: Record,
+    record: RunRecord,
     activations: Path | None = None,
 ) -> None:
     """Measures the cases in their order, printing and writing each when it is done."""

@@ -8,7 +8,7 @@ from ..linear_logprob.cases import Growth
 from ..measure.comparison import AnyCase
 from ..measure.missing import Missing
 from ..measure.rows import Row
-from ..record import Record
+from ..record import RunRecord
 
 RATES = {
     "GEMM {:.4g} TF/s": "gemm_tflops",
@@ -87,7 +87,7 @@ def growth_table(case: Growth, fits: Sequence[Fit], missing: Sequence[Missing]) 
     return "\n".join(lines + [f"  {m.entry or 'all'}: {m.reason}" for m in missing])
 
 
-def summary(record: Record) -> str:
+def summary(record: RunRecord) -> str:
     """One line per case that is no point of a plot: times and peaks, of others as ratios to ours."""
     rows = [row for row in record.rows if not getattr(record.cases[row.case], "sweep", False)]
     entries = list(dict.fromkeys(row.entry for row in rows))
@@ -111,7 +111,7 @@ def _cell(row: Row | None, own: Row | None, clock: str) -> str:
     return f"{time}, {row.peak_mib:.0f} MiB"
 
 
-def over_trl(record: Record, tokens: int) -> str:
+def over_trl(record: RunRecord, tokens: int) -> str:
     """Of each of our forms at that N: how many times faster than TRL, what both bounds say is possible, how close to
     its own bound it is, and its peak memory over TRL's."""
     lines = []

@@ -87,7 +87,7 @@ def test_every_peer_says_what_its_algorithm_multiplies(bench, bounds, monkeypatc
 def test_the_summary_stands_beside_trl(bench, bounds, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.benchmark, "SUMMARY_TOKENS", 40)
     case = bench.linear_logprob.cases.LogprobCase(40, 16, 700, "bf16", "frozen", head="toy head")
-    record = bench.record.Record(None, "linear_logprob", {}, [case])
+    record = bench.record.RunRecord(None, "linear_logprob", {}, [case])
     ceilings = {"gemm_tflops": 1e-3, "copy_gbs": 1.0}
     unit = 2.0 * 40 * 16 * 700
     for entry, work, ms, peak in (
