@@ -54,7 +54,7 @@ REGRESSIONS = {
         "test_edges::test_more_tokens_and_logits_than_16_and_31_bits_count",
         "test_gpu::test_more_than_two_to_the_31_logits_in_all",
         "test_gpu::test_offsets_past_two_to_the_31_in_one_tensor",
-        "test_compile::test_a_device_that_is_not_current",
+        "test_gpu_graphs::test_a_device_that_is_not_current",
     ),
     "step-0 loss is ln 2 to the bit where policy is reference": (
         "test_linear_logprob::test_policy_and_reference_give_equal_bits",

@@ -12,7 +12,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
 from fastdpo.data.findings import repeated_pairs, special_token_findings, template_findings
 from fastdpo.data.formats import normalize_dataset
 from fastdpo.data.limits import measure
@@ -51,6 +51,15 @@ class PairDatasets:
         with dataset_bars(shown=not self.args.disable_tqdm):
             dataset, self.reports[name] = prepare_dataset(dataset, self.tokenizer, self.args, name)
         return dataset
+
+    def collator(self) -> DataCollatorForPreference:
+        """The one that a trainer takes where it was given none."""
+        return DataCollatorForPreference(
+            pad_token_id=cast(int, self.tokenizer.pad_token_id),
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            pad_to_multiple_of=cast("int | None", self.args.pad_to_multiple_of),
+        )
 
     def check_token_ids(self, embedded: int) -> None:
         """Refuse rows, tokenized elsewhere, that a model of `embedded` tokens cannot read. Raises ValueError."""

@@ -15,29 +15,23 @@ from transformers.trainer_utils import SaveStrategy
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.config.old_arguments import settled_arguments
 from fastdpo.config.trackers import outlive_full_disk
-from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
+from fastdpo.data.collate import REFERENCE_COLUMNS
 from fastdpo.data.tokenize_dataset import TokenizeReport
 from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS
 from fastdpo.files import check_output_dir
-from fastdpo.losses.from_tokens import SequenceLogps, pair_logps
+from fastdpo.losses.from_tokens import pair_logps
 from fastdpo.losses.preference import pair_losses
 from fastdpo.models.forward import STATISTICS, LogprobForward, model_call
-from fastdpo.models.load import (
-    check_arguments,
-    check_vocabulary,
-    load_tokenizer,
-    policy_to_train,
-    router_loss_weight,
-)
+from fastdpo.models.load import check_arguments, check_vocabulary, load_tokenizer, policy_to_train, router_loss_weight
 from fastdpo.training.batches.layout import choose_layout
 from fastdpo.training.batches.plan import TokenBatches, plan_batches, planned_loader
 from fastdpo.training.checkpoints.run_facts import RunFacts
 from fastdpo.training.checkpoints.run_lock import output_dir_locked
 from fastdpo.training.checkpoints.trainer import CrashSafeTrainer
-from fastdpo.training.pair_datasets import PairDataset, PairDatasets, by_name
-from fastdpo.training.reference.base import FrozenModel, NoReference, Reference
+from fastdpo.training.pair_datasets import PairDataset, PairDatasets
+from fastdpo.training.reference.base import FrozenModel, NoReference
 from fastdpo.training.reference.choose import make_reference
-from fastdpo.training.reference.precomputed import free_memory, precompute, stored_logps
+from fastdpo.training.reference.precomputed import precompute_for, stored_logps
 from fastdpo.training.reference.saved import ReferenceFile
 from fastdpo.training.report import metrics
 from fastdpo.training.report.advice import Advisor
@@ -52,19 +46,10 @@ logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
 
+# of the constructor, but for `tokenizer`
 ARGUMENTS = (
-    "model",
-    "ref_model",
-    "args",
-    "data_collator",
-    "train_dataset",
-    "eval_dataset",
-    "processing_class",
-    "compute_metrics",
-    "callbacks",
-    "optimizers",
-    "quantization_config",
-    "peft_config",
+    *("model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
+    *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
 )
 
 
@@ -140,7 +125,7 @@ class DPOTrainer(CrashSafeTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=_collator(self.tokenizer, args) if data_collator is None else data_collator,
+            data_collator=self.datasets.collator() if data_collator is None else data_collator,
             train_dataset=cast(Any, self.datasets.train),
             eval_dataset=self.datasets.evaluation,
             processing_class=self.tokenizer,
@@ -164,7 +149,7 @@ class DPOTrainer(CrashSafeTrainer):
             policy,
             ref_model,
             args,
-            self._autocast,
+            lambda: self.accelerator.autocast(),
             created_adapter=peft_config is not None,
             sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
         )
@@ -179,7 +164,7 @@ class DPOTrainer(CrashSafeTrainer):
             self.datasets.all(),
             models,
             self._model_inputs,
-            self._autocast,
+            lambda: self.accelerator.autocast(),
             router_loss=bool(self._router_loss_weight),
             sharded=self.is_fsdp_enabled,
         )
@@ -190,7 +175,9 @@ class DPOTrainer(CrashSafeTrainer):
         for callback in self.reference.callbacks(policy):
             self.add_callback(callback)
         if args.precompute_ref_log_probs and not isinstance(self.reference, NoReference):
-            self._precompute_reference(policy)
+            self.reference = precompute_for(self, self.reference, policy)
+            for callback in self.reference.callbacks(policy):
+                self.add_callback(callback)
         if args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
         self.metrics = metrics.MetricWindow(self.accelerator)
@@ -225,41 +212,8 @@ class DPOTrainer(CrashSafeTrainer):
     def tokenize_reports(self) -> dict[str, TokenizeReport]:
         return self.datasets.reports
 
-    def _autocast(self) -> Any:
-        return self.accelerator.autocast()
-
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         return model_call(cast(dict, self._prepare_inputs(batch)))
-
-    def _precompute_reference(self, policy: Model) -> None:
-        """The reference's log-probs become columns of the datasets, and its model goes."""
-        reference, datasets = self.reference, by_name(self.train_dataset, self.eval_dataset)
-        self.reference, datasets = precompute(
-            reference,
-            policy,
-            datasets,
-            self.args,
-            self.accelerator,
-            lambda rows: self._sums_of_rows(reference, rows),
-            self.data_collator,
-            self.tokenizer,
-        )
-        for callback in self.reference.callbacks(policy):
-            self.add_callback(callback)
-        self.train_dataset = datasets.pop("train", None)
-        several = isinstance(self.eval_dataset, dict)
-        evals = {name.removeprefix("eval-"): dataset for name, dataset in datasets.items()}
-        self.eval_dataset = cast(Any, evals if several else evals.get("eval"))
-        free_memory()
-
-    def _sums_of_rows(self, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
-        """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
-        inputs = cast(dict, self._prepare_inputs(self.data_collator(rows)))
-        self.memory.at("precomputing", inputs)
-        with self.memory.explained(), self.forward.installed(), self._autocast():
-            tokens = cast(Tensor, reference(cast(Model, self.model), model_call(inputs)))
-        offsets = inputs["offsets"].to(tokens.device)
-        return SequenceLogps.of(tokens, offsets), offsets.diff()
 
     # training, in the order in which Trainer calls
 
@@ -442,12 +396,3 @@ class DPOTrainer(CrashSafeTrainer):
             extra={"language": language, "license": license},
         )
         write_card(str(self.args.output_dir), card.text())
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> DataCollatorForPreference:
-    return DataCollatorForPreference(
-        pad_token_id=cast(int, tokenizer.pad_token_id),
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        pad_to_multiple_of=cast("int | None", args.pad_to_multiple_of),
-    )

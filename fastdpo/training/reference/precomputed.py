@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import REFERENCE_COLUMNS
 from fastdpo.losses.from_tokens import SequenceLogps
+from fastdpo.models.forward import model_call
 from fastdpo.models.load import on_device
+from fastdpo.training.pair_datasets import by_name
 from fastdpo.training.reference.base import FrozenModel, Reference
 from fastdpo.training.reference.fingerprints import reference_settings
 from fastdpo.training.reference.inside_policy import StartingPolicy
@@ -171,3 +173,33 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def precompute_for(trainer: Any, reference: Reference, policy: nn.Module) -> PrecomputedReference:
+    """The reference's log-probs become columns of a `DPOTrainer`'s datasets, and its model goes."""
+    several = isinstance(trainer.eval_dataset, dict)
+    precomputed, datasets = precompute(
+        reference,
+        policy,
+        by_name(trainer.train_dataset, trainer.eval_dataset),
+        trainer.args,
+        trainer.accelerator,
+        lambda rows: sums_of_rows(trainer, reference, rows),
+        trainer.data_collator,
+        trainer.tokenizer,
+    )
+    trainer.train_dataset = datasets.pop("train", None)
+    evals = {name.removeprefix("eval-"): dataset for name, dataset in datasets.items()}
+    trainer.eval_dataset = evals if several else evals.get("eval")
+    free_memory()
+    return precomputed
+
+
+def sums_of_rows(trainer: Any, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
+    """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    trainer.memory.at("precomputing", inputs)
+    with trainer.memory.explained(), trainer.forward.installed(), trainer.accelerator.autocast():
+        tokens = cast(Tensor, reference(trainer.model, model_call(inputs)))
+    offsets = inputs["offsets"].to(tokens.device)
+    return SequenceLogps.of(tokens, offsets), offsets.diff()

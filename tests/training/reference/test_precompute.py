@@ -28,7 +28,7 @@ from fastdpo.losses.from_tokens import SequenceLogps
 from fastdpo.training.reference import logp_store
 from fastdpo.training.reference.inside_policy import AdapterOff, OtherAdapter, StartingPolicy
 from fastdpo.training.reference.logp_store import StaleLogpsError
-from fastdpo.training.reference.precomputed import PrecomputedReference
+from fastdpo.training.reference.precomputed import PrecomputedReference, sums_of_rows
 from fastdpo.training.trainer import DPOTrainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -145,7 +145,7 @@ def test_precomputed_equals_online(tmp_path: Path, kind: str) -> None:
     online = make(tmp_path / "online", make_policy(), **{**options, "precompute_ref_log_probs": False})
     rows = [cast(dict, row) for row in pairs()]
     # another batch size, so another padding
-    sums, lengths = online._sums_of_rows(online.reference, rows)
+    sums, lengths = sums_of_rows(online, online.reference, rows)
     for name, wanted in zip(REFERENCE_COLUMNS, (*sums.total.chunk(2), *sums.tail.chunk(2)), strict=True):
         torch.testing.assert_close(columns(stored)[name], wanted, rtol=1e-6, atol=1e-6)
         assert (wanted != 0).any()

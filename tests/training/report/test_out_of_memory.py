@@ -15,6 +15,7 @@ from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.demo import demo_paths
 from fastdpo.training import trainer as trainer_module
 from fastdpo.training.batches.plan import TokenBatches
+from fastdpo.training.reference import precomputed
 from fastdpo.training.report.out_of_memory import MemoryWatch, _halved, is_out_of_memory
 from fastdpo.training.trainer import DPOTrainer
 
@@ -171,9 +172,9 @@ def test_what_comes_before_training_is_described(
     tmp_path: Path, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "loss_type": "sigmoid", "precompute_ref_log_probs": True, "precompute_ref_batch_size": 4}
-    for function in ("model_call", "make_reference"):
+    for place, function in ((precomputed, "model_call"), (trainer_module, "make_reference")):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, function, fail(torch.OutOfMemoryError(CUDA)))
+            patch.setattr(place, function, fail(torch.OutOfMemoryError(CUDA)))
             with pytest.raises(torch.OutOfMemoryError) as raised:
                 make_trainer(tmp_path, **options)
         if function == "model_call":
