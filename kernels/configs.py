@@ -1,6 +1,6 @@
 """Tiles of the kernels that multiply by themselves, per architecture, and where they are the default.
 
-The tiles compile without spills for their targets, with every option of the kernels (tests/test_kernel_gates.py).
+The tiles compile without spills for their targets, with every option of the kernels (tests/ops/test_kernel_gates.py).
 That says nothing of speed: `MEASURED` lists what a GPU has shown, and what is not in it is no default: there the
 products are cuBLAS's (hipBLAS's), and the fused kernels run where FASTDPO_GEMM=triton asks for them.
 """

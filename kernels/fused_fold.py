@@ -147,7 +147,7 @@ def fused_fold(
 
     zy (n,) gets the target's logit where `local` (n,) lies in [0, c). With `e` (n, c) and `offset` (n,), e gets the
     exponentials, relative to the offset or, where a block's maximum exceeds it by more than `window`, to that.
-    A logit is `z * scale`, or `cap * tanh(z * scale / softcap)`; lora is (u (n, r), B (c, r)).
+    A logit is `z * scale`, or `cap * tanh(z * scale / softcap)`; lora is (lora_u (n, r), lora_b (c, r)).
     """
     m = partials["m"]
     arguments = operands(hidden, weight, lora, e, config)

@@ -90,11 +90,11 @@ class Operands:
 def operands(
     hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None, out: Tensor | None, config: GemmConfig
 ) -> Operands:
-    u, b = lora or (hidden, weight)
+    lora_u, lora_b = lora or (hidden, weight)
     result = hidden if out is None else out
     tma = config.tma and all(map(_fits_descriptor, (hidden, weight, result)))
     bm, bv, bk = config.block_rows, config.block_cols, config.block_k
-    depth, rank = hidden.shape[1], u.shape[1]
+    depth, rank = hidden.shape[1], lora_u.shape[1]
     large = (hidden, weight, result)
     if tma:
         shapes = ([bm, bk], [bv, bk], [bm, bk] if out is None else [bm, bv])
@@ -102,10 +102,10 @@ def operands(
             TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in zip(large, shapes, strict=True)
         )
     return Operands(
-        (large[0], large[1], u, b, large[2]),
+        (large[0], large[1], lora_u, lora_b, large[2]),
         (
             *(len(hidden), len(weight), depth, rank),
-            *(x.stride(0) for x in (hidden, weight, u, b, result)),
+            *(x.stride(0) for x in (hidden, weight, lora_u, lora_b, result)),
         ),
         {
             "BM": bm,

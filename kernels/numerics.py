@@ -1,4 +1,4 @@
-"""What several kernels share: a mask that stays finite, tanh, and logits from products.
+"""What several kernels share: a mask that stays finite, tanh, and the base of exponentials.
 
 NEG masks a column: finite, so that 0 * NEG stays 0 and no inf - inf arises.
 """

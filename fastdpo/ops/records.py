@@ -1,6 +1,6 @@
 """Named tuples as arguments of an operator, which takes their fields one after another.
 
-What an operator takes is so written once, as the fields of its records: the schema is inferred from them.
+What an operator takes is written once, as the fields of its records: torch infers the schema from them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from torch import Tensor
 def takes_fields(*records: Any) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
     """Makes of a function of such named tuples one of all their fields, with a signature that a schema follows from.
 
-    records: classes whose fields are of types that `torch.library.infer_schema` knows: Tensor, float, int, bool, str,
-    torch.dtype, each of the first four in a list, each or None.
+    records: classes whose fields are of types that `torch.library.infer_schema` knows: Tensor, int, float, bool, a list
+    of one of these, str, torch.dtype; or None beside one of them.
     """
     fields = {name: kind for record in records for name, kind in get_type_hints(record).items()}
     parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for name, kind in fields.items()]

@@ -1,4 +1,4 @@
-"""An operator's arguments are the fields of named tuples: its schema is inferred from them, and is what it was."""
+"""An operator's arguments are the fields of named tuples, and its schema is inferred from them."""
 
 from typing import NamedTuple
 
@@ -29,8 +29,8 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_the_schemas_are_what_they_were(name):
-    """A graph that was exported or compiled with one of these finds the same operator."""
+def test_the_schemas_of_the_operators(name):
+    """Word for word, whatever torch infers from annotations."""
     assert all((operator.run, logprob, segment_sum)), "their modules register the operators"
     schema = getattr(torch.ops.fastdpo, name).default._schema
     assert str(schema) == f"fastdpo::{name}({SCHEMAS[name]}) -> Tensor[]"

@@ -64,11 +64,11 @@ def _outputs(
         names += ["m", "s", *(["zy"] if settings.softcap else [])]
     elif needs.hidden or needs.lora_u:
         names += ["anchor"]
-    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(names, ((n,), acc))
     others = {"is_top1": ((n,), torch.bool), "anchor": ((0,), acc)}
     others |= dict.fromkeys(("direction", "entropy_direction"), ((n, h), compute))
     others |= dict.fromkeys(("lora_direction", "lora_entropy_direction"), ((n, rank), settings.lora_compute))
-    outputs |= {name: kind for name, kind in others.items() if name in outputs}
+    row = (n,), acc
+    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: others.get(name, row) for name in names}
     if path == "kept":
         count = -(-v // cols)
         outputs |= {"kept": ((count, n, cols), compute), "bases": ((count, n), acc)}
@@ -77,8 +77,8 @@ def _outputs(
 
 @takes_fields(Operands, Settings)
 def _forward(operands: Operands, settings: Settings) -> list[Tensor]:
-    n, device = len(operands.labels), operands.hidden.device
-    shape = shape_of(settings, device, n, operands.sizes, operands.dtypes, operands.rows is not None)
+    n, device, sizes = len(operands.labels), operands.hidden.device, operands.sizes
+    shape = shape_of(settings, device, n, sizes, operands.dtypes, operands.rows is not None)
     plan = plan_of(settings, shape)
     logger.debug("linear_logprob: %s backend, %s", settings.backend, plan)
     head, tokens = HeadOperands.of(operands, settings), TokenOperands.of(operands, settings)
@@ -88,7 +88,7 @@ def _forward(operands: Operands, settings: Settings) -> list[Tensor]:
             saved.q = saved.q.where(operands.labels >= 0, 0.0)
     saved.anchor = saved.q.new_empty(0)
     by_name = {**vars(saved), **results}
-    return [by_name[name] for name in _outputs(settings, plan.path, plan.cols, n, *operands.sizes[1:])]
+    return [by_name[name] for name in _outputs(settings, plan.path, plan.cols, n, *sizes[1:])]
 
 
 @takes_fields(Operands, Settings)
@@ -160,8 +160,8 @@ def _gradients(arguments: GradientArguments, settings: Settings) -> list[Tensor]
         d_lora_u = scaled(saved.lora_direction, saved.lora_entropy_direction, arguments.lora_dtype)
         d_weight = d_bias = d_lora_b = None
         if needs.head:
-            head = HeadOperands.of(arguments.operands, settings)
-            tokens = TokenOperands.of(arguments.operands, settings)
+            operands = arguments.operands
+            head, tokens = HeadOperands.of(operands, settings), TokenOperands.of(operands, settings)
             d_weight, d_bias, d_lora_b = head_gradient.backward_head(
                 settings.tiles(), tokens, head, settings.spec, plan, needs, saved, up, up_entropy
             )

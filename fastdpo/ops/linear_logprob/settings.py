@@ -37,12 +37,11 @@ class Settings(NamedTuple):
 
     @property
     def spec(self) -> LogitSpec:
-        names = frozenset(self.stats.split(",")) if self.stats else frozenset()
-        return LogitSpec(self.temperature, self.logit_scale, self.softcap, names)
+        return _spec(self.temperature, self.logit_scale, self.softcap, self.stats)
 
     @property
     def needed(self) -> Needs:
-        return Needs(*self.needs)
+        return _needs(*self.needs)
 
     @property
     def acc(self) -> torch.dtype:
@@ -54,6 +53,15 @@ class Settings(NamedTuple):
 
             return TritonTiles()
         return TorchTiles()
+
+
+# a call asks for these several times, and making them costs more than looking them up
+@lru_cache(maxsize=256)
+def _spec(temperature: float, logit_scale: float, softcap: float | None, stats: str) -> LogitSpec:
+    return LogitSpec(temperature, logit_scale, softcap, frozenset(stats.split(",")) if stats else frozenset())
+
+
+_needs = lru_cache(maxsize=64)(Needs)  # six flags: all of them fit
 
 
 def result_names(settings: Settings) -> list[str]:
