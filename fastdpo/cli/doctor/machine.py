@@ -27,7 +27,7 @@ PACKAGES = {
 MINIMUM = {
     "torch": "2.8",
     "triton": "3.4",
-    "transformers": "5.0",
+    "transformers": "5.8",
     "peft": "0.18",
     "accelerate": "1.1",
     "datasets": "3.0",
