@@ -76,9 +76,9 @@ def why_not_written(error: BaseException) -> str | None:
     """The system's reason that a library could not write a file, None where the error is another one."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    found = re.search(r"I/O error: (.+?)(?: \(os error \d+\))?$", str(error))  # safetensors
-    if found is not None:
-        return found[1]
+    system_reason = re.search(r"I/O error: (.+?)(?: \(os error \d+\))?$", str(error))  # safetensors
+    if system_reason is not None:
+        return system_reason[1]
     torch_s = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
     return "the disk is full, or a limit is reached" if torch_s else None
 

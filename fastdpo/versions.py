@@ -10,10 +10,10 @@ def installed_versions() -> dict[str, str]:
     """The versions of what takes part in training, as far as it is installed."""
     from importlib.metadata import PackageNotFoundError, version  # not needed to import fastdpo
 
-    found = {"fastdpo": __version__}
+    versions = {"fastdpo": __version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

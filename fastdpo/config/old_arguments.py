@@ -20,7 +20,7 @@ _NEVER = {
 }
 
 
-def settled_arguments(args: Any, given: Mapping[str, Any], todays: tuple[str, ...]) -> DPOConfig:
+def settled_arguments(args: Any, arguments: Mapping[str, Any], todays: tuple[str, ...]) -> DPOConfig:
     """`args` as a DPOConfig, with `given`: further keyword arguments of the trainer, whose own are `todays`.
 
     A keyword that is an argument of DPOConfig, today's or an old one, goes before the one in `args`.
@@ -28,7 +28,7 @@ def settled_arguments(args: Any, given: Mapping[str, Any], todays: tuple[str, ..
     Raises:
         TypeError: a keyword that never was one, or `args` that are no TrainingArguments.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if name in _NEVER:
             if value is not None:
                 raise TypeError(f"DPOTrainer takes no {name}: {_NEVER[name]}.")
@@ -36,15 +36,15 @@ def settled_arguments(args: Any, given: Mapping[str, Any], todays: tuple[str, ..
             near = closest(name, [*todays, *_KNOWN, *OLD_NAMES])
             hint = f"; did you mean {near!r}?" if near else f"; it takes {', '.join(todays)}."
             raise TypeError(f"DPOTrainer has no argument {name!r}{hint}")
-    given = {name: value for name, value in given.items() if name not in _NEVER and value is not None}
-    if given:
-        values = "value" if len(given) == 1 else "values"
-        logger.warning(f"Pass {', '.join(given)} in DPOConfig; using the {values} given here.")
-        given = todays_names(given, _KNOWN, "DPOTrainer")
+    arguments = {name: value for name, value in arguments.items() if name not in _NEVER and value is not None}
+    if arguments:
+        values = "value" if len(arguments) == 1 else "values"
+        logger.warning(f"Pass {', '.join(arguments)} in DPOConfig; using the {values} given here.")
+        arguments = todays_names(arguments, _KNOWN, "DPOTrainer")
     if args is None:
-        return DPOConfig(**given)
+        return DPOConfig(**arguments)
     if isinstance(args, DPOConfig):
-        return replace(args, **given) if given else args
+        return replace(args, **arguments) if arguments else args
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"args must be a fastdpo DPOConfig, got {type(args).__name__}.")
     logger.warning(
@@ -57,7 +57,7 @@ def settled_arguments(args: Any, given: Mapping[str, Any], todays: tuple[str, ..
         # an old name that was left at its default asked for nothing
         if field.init and (field.name in _KNOWN or value != _default(field)):
             values[field.name] = value
-    return DPOConfig(**{**values, **given})
+    return DPOConfig(**{**values, **arguments})
 
 
 def _default(field: "Field[Any]") -> Any:

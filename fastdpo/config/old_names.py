@@ -95,15 +95,15 @@ OLD_NAMES: dict[str, OldName] = {
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 
 
-def todays_names(given: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+def todays_names(arguments: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
     """`given` under today's names; a name in `known` is one of them. Where both are given, today's goes first.
 
     Raises:
         TypeError: a name that is neither today's nor an old one.
         ValueError: an old name whose value cannot be met.
     """
-    values = {name: value for name, value in given.items() if name in known}
-    for name, value in given.items():
+    values = {name: value for name, value in arguments.items() if name in known}
+    for name, value in arguments.items():
         if name in known:
             continue
         if name not in OLD_NAMES:
@@ -127,10 +127,10 @@ def accepts_old_names(config: type[Config]) -> type[Config]:
     known = {field.name for field in fields(config) if field.init}  # pyright: ignore[reportArgumentType] a dataclass
 
     @functools.wraps(todays)
-    def __init__(self: Any, *args: Any, **given: Any) -> None:
-        if not given.keys() <= known:
-            given = todays_names(given, known, type(self).__name__)
-        todays(self, *args, **given)
+    def __init__(self: Any, *args: Any, **arguments: Any) -> None:
+        if not arguments.keys() <= known:
+            arguments = todays_names(arguments, known, type(self).__name__)
+        todays(self, *args, **arguments)
 
     config.__init__ = __init__
     return config

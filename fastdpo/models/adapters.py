@@ -47,9 +47,9 @@ def choose_adapters(model: nn.Module, args: DPOConfig) -> None:
             )
     if not isinstance(model, PeftModel):
         return
-    wanted = args.model_adapter_name
-    if wanted is not None and (model.active_adapters != [wanted] or not _is_trainable(model, wanted)):
-        model.set_adapter(wanted)
+    trained = args.model_adapter_name
+    if trained is not None and (model.active_adapters != [trained] or not _is_trainable(model, trained)):
+        model.set_adapter(trained)
     active = model.active_adapters
     if len(active) != 1:
         raise ValueError(
@@ -201,14 +201,14 @@ def adapter_on(name: str) -> Switch:
 
 @contextmanager
 def _restored(model: PeftModel) -> Iterator[None]:
-    found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters)
     try:
         yield
     finally:
         if model.active_adapters != active:
             cast(Any, model.base_model).set_adapter(active[0] if len(active) == 1 else active)
-        for parameter, requires_grad in found:
+        for parameter, requires_grad in flags:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
 

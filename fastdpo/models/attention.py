@@ -89,7 +89,7 @@ def _flex_forward(
     if groups & (groups - 1):  # the kernel for short queries wants a power of two
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     attend = _compiled() if query.device.type == "cuda" else flex_attention
-    found = attend(
+    attended = attend(
         query,
         key,
         value,
@@ -98,7 +98,7 @@ def _flex_forward(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return cast(Tensor, found).transpose(1, 2).contiguous(), None
+    return cast(Tensor, attended).transpose(1, 2).contiguous(), None
 
 
 @cache
@@ -152,10 +152,10 @@ def _trial(device: torch.device, dtype: torch.dtype) -> float:
     inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
     upstream = torch.randn(shapes[0], generator=generator).to(device, dtype)
     with torch.enable_grad():
-        found = _compiled()(*inputs, block_mask=_block_mask(documents, branches), enable_gqa=True)
-        mine = [found, *torch.autograd.grad(found, inputs, upstream)]
+        attended = _compiled()(*inputs, block_mask=_block_mask(documents, branches), enable_gqa=True)
+        mine = [attended, *torch.autograd.grad(attended, inputs, upstream)]
         wide = [x.detach().float().requires_grad_() for x in inputs]
         key, value = (x.repeat_interleave(2, dim=1) for x in wide[1:])
-        wanted = scaled_dot_product_attention(wide[0], key, value, attn_mask=allowed(documents, branches))
-        theirs = [wanted, *torch.autograd.grad(wanted, wide, upstream.float())]
+        expected = scaled_dot_product_attention(wide[0], key, value, attn_mask=allowed(documents, branches))
+        theirs = [expected, *torch.autograd.grad(expected, wide, upstream.float())]
     return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(mine, theirs, strict=True))

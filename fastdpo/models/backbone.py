@@ -31,5 +31,5 @@ def decoder_config(model: "PreTrainedModel") -> "PreTrainedConfig":
 
 
 def _decoder(model: "PreTrainedModel") -> Any:
-    found = getattr(model, "get_decoder", None)
-    return None if found is None else found()
+    get_decoder = getattr(model, "get_decoder", None)
+    return None if get_decoder is None else get_decoder()

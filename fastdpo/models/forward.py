@@ -83,7 +83,7 @@ class LogprobForward:
     def installed(self) -> Iterator[None]:
         """Replace `forward` on entry and put back what was found on exit; calls may be nested."""
         attributes = vars(self.model)
-        found = attributes.get("forward")
+        own_forward = attributes.get("forward")
         config: Any = decoder_config(self.model)
         usual = config._attn_implementation
         if self._depth == 0:
@@ -100,8 +100,8 @@ class LogprobForward:
                 if self.attention is not None:
                     config._attn_implementation_internal = usual
                 self._ours = attributes.pop("forward")
-                if found is not None:
-                    self.model.forward = found
+                if own_forward is not None:
+                    self.model.forward = own_forward
 
     def _make(self, original: Any) -> Any:
         # generate() and Trainer read the signature
@@ -138,8 +138,8 @@ class LogprobForward:
         if self.route == "model":
             output = original(*args, **kwargs)
             logits = output.logits.flatten(0, 1)[logprob_rows.to(output.logits.device)]
-            found = _of_logits(logits, logprob_targets, logprob_stats)
-            return found if getattr(output, "aux_loss", None) is None else {**found, "aux_loss": output.aux_loss}
+            results = _of_logits(logits, logprob_targets, logprob_stats)
+            return results if getattr(output, "aux_loss", None) is None else {**results, "aux_loss": output.aux_loss}
         auxiliary: dict[str, Tensor] = {}
         if kwargs.get("output_router_logits"):
             hidden, auxiliary["aux_loss"] = _with_aux_loss(model, original, *args, **kwargs)
@@ -227,8 +227,8 @@ def _of_logits(logits: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> 
     output = {"logprob": reference.logprob(logits, targets)}
     if statistics:
         with torch.no_grad():
-            found = reference.token_stats(logits, targets)
-        output |= {name: found[name] for name in statistics}
+            computed = reference.token_stats(logits, targets)
+        output |= {name: computed[name] for name in statistics}
     return output
 
 

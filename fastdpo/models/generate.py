@@ -52,19 +52,19 @@ def generate_answer(
         **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
     )
     inner: Any = unwrap_peft(model)
-    found, inner.generation_config = inner.generation_config, config
+    own_config, inner.generation_config = inner.generation_config, config
     torch.manual_seed(seed)
     prompt = torch.tensor([ids], device=model.device)
     try:
         with torch.no_grad():
             output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
     finally:
-        inner.generation_config = found
+        inner.generation_config = own_config
     return output[0, len(ids) :].tolist()
 
 
 def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    found = getattr(unwrap_peft(model), "generation_config", None)
-    own = getattr(found, "eos_token_id", None)
+    config = getattr(unwrap_peft(model), "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return {token for token in ids if isinstance(token, int)}

@@ -89,10 +89,10 @@ def _difference(model: "PreTrainedModel", ids: Tensor, route: Route) -> str | No
         return "what enters the head is not the last hidden state"
     if not route.linear:  # the same module is called in both
         return None
-    wanted = transformed(raw.flatten(0, -2)[-1], 1.0 if before else route.scale, route.softcap).double()
-    error = ours.to(wanted.device).double() - wanted.log_softmax(-1)[targets.to(wanted.device)]
+    expected = transformed(raw.flatten(0, -2)[-1], 1.0 if before else route.scale, route.softcap).double()
+    error = ours.to(expected.device).double() - expected.log_softmax(-1)[targets.to(expected.device)]
     off = error.square().mean().sqrt()
-    if not off <= PRODUCTS[raw.dtype] * (1 + wanted.abs().max()):
+    if not off <= PRODUCTS[raw.dtype] * (1 + expected.abs().max()):
         return f"log-probs from the head's weight are off by {off:.3g} nats"
     return None
 
@@ -121,11 +121,11 @@ def _own_logits(
 
 def _same(logits: Tensor, replaced: Tensor, scale: float, softcap: float | None) -> bool:
     """Element by element, to a few roundings of the dtype that the logits have."""
-    wanted = transformed(replaced, scale, softcap).to(logits.device)
-    if logits.numel() != wanted.numel():
+    expected = transformed(replaced, scale, softcap).to(logits.device)
+    if logits.numel() != expected.numel():
         return False
     eps = torch.finfo(logits.dtype).eps
-    return torch.allclose(logits.double().flatten(), wanted.double().flatten(), rtol=4 * eps, atol=4 * eps)
+    return torch.allclose(logits.double().flatten(), expected.double().flatten(), rtol=4 * eps, atol=4 * eps)
 
 
 def _near(entered: Tensor, hidden: Tensor) -> bool:

@@ -83,9 +83,9 @@ def load_policy(
         if "not found in the base model" not in str(error):
             raise
         linear = {name.split(".")[-1]: None for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        wanted = cast(Any, peft_config).target_modules
+        targets = cast(Any, peft_config).target_modules
         raise ValueError(
-            f"target_modules is {wanted if isinstance(wanted, str) else ', '.join(sorted(wanted))}, and "
+            f"target_modules is {targets if isinstance(targets, str) else ', '.join(sorted(targets))}, and "
             f"{type(model).__name__} has no such module; its linear layers are {', '.join(linear)}."
         ) from error
 
@@ -188,10 +188,10 @@ def _check_adapter_type(config: PeftConfig) -> None:
 
 def _check_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
     names = [name for name, _ in model.named_modules()]
-    for wanted in getattr(config, "modules_to_save", None) or []:
-        if not any(name.endswith(wanted) for name in names):
+    for ending in getattr(config, "modules_to_save", None) or []:
+        if not any(name.endswith(ending) for name in names):
             raise ValueError(
-                f"modules_to_save names {wanted!r}, and {type(model).__name__} has no module whose name ends so; the "
+                f"modules_to_save names {ending!r}, and {type(model).__name__} has no module whose name ends so; the "
                 f"last part of one is wanted, for instance {names[-1].split('.')[-1]}."
             )
 
@@ -206,31 +206,31 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def load_tokenizer(given: Any, model: Any, args: DPOConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(tokenizer: Any, model: Any, args: DPOConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token: `args.pad_token`, its own, or the EOS token (masks come from lengths)."""
-    if given is None:
+    if tokenizer is None:
         path = model if isinstance(model, str) else model.config.name_or_path
         if is_adapter_folder(path) and not Path(path, "tokenizer_config.json").is_file():
             path = PeftConfig.from_pretrained(path).base_model_name_or_path or path
         options = cast("dict[str, Any]", args.model_init_kwargs or {})
         try:
             check_parts(path, revision=options.get("revision"))  # it reads the config too
-            given = AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 path, revision=options.get("revision"), trust_remote_code=args.trust_remote_code
             )
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"no tokenizer in {path!r} ({first_line(error)}); pass processing_class.") from error
-    if not isinstance(given, PreTrainedTokenizerBase):
-        raise TypeError(f"processing_class must be a tokenizer, got {type(given).__name__}.")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}.")
     if args.pad_token is not None:
-        if args.pad_token not in given.get_vocab():
+        if args.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token is {args.pad_token!r}, which the tokenizer does not have.")
-        given.pad_token = args.pad_token
-    if given.pad_token is None:
-        if given.eos_token is None:
+        tokenizer.pad_token = args.pad_token
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token.")
-        given.pad_token = given.eos_token
-    return given
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_vocabulary(
@@ -304,12 +304,12 @@ def check_arguments(model: Any, ref_model: Any, args: DPOConfig) -> None:
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Where FSDP or DeepSpeed leave a model on the CPU until training, it is on `device` for a while."""
-    found = next(model.parameters()).device
-    moves = found.type == "cpu" and device.type != "cpu" and not hasattr(model, "hf_device_map")
+    home = next(model.parameters()).device
+    moves = home.type == "cpu" and device.type != "cpu" and not hasattr(model, "hf_device_map")
     if moves:
         model.to(device)
     try:
         yield
     finally:
         if moves:
-            model.to(found)
+            model.to(home)

@@ -60,9 +60,9 @@ def check_loaded(loaded: Mapping[str, Any], what: str) -> None:
     """
     mismatched = sorted(loaded["mismatched_keys"])
     if mismatched:
-        name, stored, wanted = mismatched[0]
+        name, stored, built = mismatched[0]
         raise ValueError(
-            f"{what}: its weights have {name} of shape {tuple(stored)}, and its config.json makes it {tuple(wanted)}; "
+            f"{what}: its weights have {name} of shape {tuple(stored)}, and its config.json makes it {tuple(built)}; "
             "they are not of one model."
         )
     missing = sorted(loaded["missing_keys"])
@@ -76,8 +76,8 @@ def check_loaded(loaded: Mapping[str, Any], what: str) -> None:
 
 def size_mismatch(error: BaseException) -> tuple[str, str, str] | None:
     """Name, stored and wanted shape of the first tensor that torch's load_state_dict found too large or too small."""
-    found = _MISMATCH.search(str(error))
-    return (found[1], f"({found[2]})", f"({found[3]})") if found else None
+    match = _MISMATCH.search(str(error))
+    return (match[1], f"({match[2]})", f"({match[3]})") if match else None
 
 
 def unreadable_weights(folder: Path, *others: str) -> str | None:

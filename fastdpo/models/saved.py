@@ -98,13 +98,13 @@ def load_adapter(
             if isinstance(model, PeftModel):
                 model.load_adapter(adapter, name, is_trainable=trainable)
                 return model
-            found = PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable)
-            return cast(PeftModel, found).eval()
+            loaded = PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable)
+            return cast(PeftModel, loaded).eval()
     except (UserWarning, ValueError, RuntimeError, KeyError) as error:
-        found = size_mismatch(error)
+        mismatch = size_mismatch(error)
         reason = " ".join(str(error).split())[:300]
-        if found is not None:
-            reason = f"{found[0]} has shape {found[1]} in the adapter and needs {found[2]}"
+        if mismatch is not None:
+            reason = f"{mismatch[0]} has shape {mismatch[1]} in the adapter and needs {mismatch[2]}"
         raise ValueError(f"the adapter {adapter} does not fit the base model {base}: {reason}") from error
 
 
@@ -122,13 +122,13 @@ def _trained_vocabulary(model: PreTrainedModel, weights: Path) -> int | None:
 
 def load_tokenizer_of(folders: list[str], trust_remote_code: bool = False) -> Any:
     """The tokenizer of the first of `folders` (or hub names) that has one. Raises ValueError where none has."""
-    found = [name for name in folders if not Path(name).is_dir() or Path(name, "tokenizer_config.json").is_file()]
-    if not found:
+    places = [name for name in folders if not Path(name).is_dir() or Path(name, "tokenizer_config.json").is_file()]
+    if not places:
         raise ValueError(f"there is no tokenizer in {' or '.join(folders)}")
     try:
-        check_parts(found[0])  # the tokenizer's class reads the config too
-        return AutoTokenizer.from_pretrained(found[0], trust_remote_code=trust_remote_code)
+        check_parts(places[0])  # the tokenizer's class reads the config too
+        return AutoTokenizer.from_pretrained(places[0], trust_remote_code=trust_remote_code)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
-        raise ValueError(f"the tokenizer in {found[0]} cannot be read: {first_line(error)}") from error
+        raise ValueError(f"the tokenizer in {places[0]} cannot be read: {first_line(error)}") from error

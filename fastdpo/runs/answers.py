@@ -68,8 +68,8 @@ def load_contestants(
         sizes = [model.get_input_embeddings().weight.shape[0] for model in (policy, reference)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the policy has {sizes[0]} tokens and the reference {other} has {sizes[1]}")
-    told = f"{base}, the adapter switched off" if other is None else other
-    return Contestants(policy.to(device), reference, tokenizer, told)
+    description = f"{base}, the adapter switched off" if other is None else other
+    return Contestants(policy.to(device), reference, tokenizer, description)
 
 
 def read_prompts(path: str) -> list[Prompt]:

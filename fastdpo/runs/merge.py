@@ -176,5 +176,5 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False).logits.cpu().double()
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+def _relative(merged: Tensor, expected: Tensor) -> float:
+    return float((merged - expected).square().mean().sqrt() / expected.square().mean().sqrt())

@@ -112,10 +112,10 @@ def _read_csv(path: Path) -> list[dict[str, float]]:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, item in value.items():
-        found |= _flat(item, f"{name}.{key}" if name else str(key))
-    return found
+        flat |= _flat(item, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def final_metrics(runs: Sequence[Run]) -> dict[str, list[float | None]]:
@@ -135,8 +135,8 @@ def final_metrics(runs: Sequence[Run]) -> dict[str, list[float | None]]:
 def differing_arguments(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """argument -> its value in each run (None where it has none): all of a single run, those that differ of several."""
     arguments = [run.arguments() for run in runs]
-    names = dict.fromkeys(name for found in arguments for name in found)
-    table = {name: [found.get(name) for found in arguments] for name in names}
+    names = dict.fromkeys(name for values in arguments for name in values)
+    table = {name: [values.get(name) for values in arguments] for name in names}
     return {name: values for name, values in table.items() if len(runs) == 1 or any(v != values[0] for v in values)}
 
 

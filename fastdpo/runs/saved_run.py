@@ -76,19 +76,22 @@ def reference_path(run: SavedRun, ref_model: str | None = None) -> str | None:
     """
     if ref_model is not None:
         return ref_model
-    told = run.reference
-    if told.get("kind") == "model" and "path" in told:
-        if told.get("synced"):
-            logger.warning(f"the run's reference moved with the policy; it is compared with its start, {told['path']}")
-        return told["path"]
+    origin = run.reference
+    if origin.get("kind") == "model" and "path" in origin:
+        if origin.get("synced"):
+            logger.warning(
+                f"the run's reference moved with the policy; it is compared with its start, {origin['path']}"
+            )
+        return origin["path"]
     start = "the base model, its adapter switched off" if run.is_adapter else run.base
     if start is None:
         raise ValueError(
             f"{run.folder} has no {FOLDER}/summary.json that says which model was trained; give the ref_model"
         )
-    kept = told.get("kind") == ("base" if run.is_adapter else "start") and not told.get("synced")
-    if told and not kept:
+    kept = origin.get("kind") == ("base" if run.is_adapter else "start") and not origin.get("synced")
+    if origin and not kept:
         logger.warning(
-            f"the run's reference was {told.get('description', told)}, which is not kept; it is compared with {start}"
+            f"the run's reference was {origin.get('description', origin)}, which is not kept; it is compared with "
+            f"{start}"
         )
     return None if run.is_adapter else run.base

@@ -127,8 +127,8 @@ def prepare_dataset(
     by_length = strategy in ("group_by_length", "batch_rebalance") or getattr(args, "group_by_length", False)
     if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
         # Trainer would look for input_ids; a pair is padded to its longer side
-        found = measure(dataset)
-        lengths = np.minimum(found.prompt + np.maximum(*found.completions), args.max_length or sys.maxsize)
+        sizes = measure(dataset)
+        lengths = np.minimum(sizes.prompt + np.maximum(*sizes.completions), args.max_length or sys.maxsize)
         dataset = dataset.add_column(args.length_column_name, cast(Any, lengths.tolist()))
     return dataset, report
 
@@ -140,18 +140,18 @@ def _warn_of_findings(row: dict[str, Any], pairs: PairDataset, tokenizer: PreTra
         if one is None:
             return
         pairs = Dataset.from_list([{column: one[column] for column in ID_COLUMNS}])
-    found = special_token_findings(pairs, tokenizer)
+    findings = special_token_findings(pairs, tokenizer)
     given_ids = set(ID_COLUMNS) <= row.keys()
     if not given_ids and name == "train":
-        found += template_findings(row, tokenizer)
+        findings += template_findings(row, tokenizer)
     identical, duplicated = repeated_pairs(pairs)
     if identical and given_ids:  # of texts and messages it was said before they were tokenized
-        found.append(
+        findings.append(
             f"chosen and rejected are identical in {identical} of {count(len(pairs), 'row')}; they teach nothing."
         )
     if duplicated:
-        found.append(f"{duplicated} of {count(len(pairs), 'row')} are the same as an earlier one; they are kept.")
-    for sentence in found:
+        findings.append(f"{duplicated} of {count(len(pairs), 'row')} are the same as an earlier one; they are kept.")
+    for sentence in findings:
         logger.warning(f"{name}: {sentence}")
 
 

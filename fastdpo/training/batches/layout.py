@@ -81,7 +81,7 @@ def config_limit(model: nn.Module, longest: int | None) -> Limit:
 
 
 def settle_layout(
-    wanted: str,
+    choice: str,
     collator: DataCollatorForPreference,
     models: Sequence[LayoutProbe],
     data: ProbeRows,
@@ -92,7 +92,7 @@ def settle_layout(
     """The collator of a run's layout, and one line that says the layout and why; models get their attention.
 
     Args:
-        wanted: one of `BATCH_LAYOUTS`, or "auto": the widest that configurations and comparison allow.
+        choice: one of `BATCH_LAYOUTS`, or "auto": the widest that configurations and comparison allow.
         models: the policy, and a reference model of its own.
         needs_padding: why the run trains on padded rows, whatever the models allow; "" where it need not.
         no_probe: why nothing can be compared; "" where it can.
@@ -102,11 +102,11 @@ def settle_layout(
         ValueError: a layout that was asked for by name would give other log-probs.
     """
     limit = _limit(models, data, needs_padding)
-    if wanted == "padded":
+    if choice == "padded":
         return collator, "padded, as asked for"
-    if wanted != "auto" and not limit.allows(wanted):
-        raise ValueError(f"batch_layout {wanted!r} is not exact here: {limit.reason}; use 'auto' or 'padded'.")
-    candidates = [wanted] if wanted != "auto" else [name for name in reversed(BATCH_LAYOUTS) if limit.allows(name)]
+    if choice != "auto" and not limit.allows(choice):
+        raise ValueError(f"batch_layout {choice!r} is not exact here: {limit.reason}; use 'auto' or 'padded'.")
+    candidates = [choice] if choice != "auto" else [name for name in reversed(BATCH_LAYOUTS) if limit.allows(name)]
     reasons = [limit.reason] if limit.reason else []
     note = f" (not compared with padded rows: {no_probe})" if no_probe else ""
     for layout in candidates:
@@ -116,13 +116,13 @@ def settle_layout(
         for laid, attention in _ways(replace(collator, layout=layout), models, compiled):
             for one in models:
                 one.forward.attention = attention
-            found = _refusal(laid, models, data, no_probe)
-            if found is None or (wanted != "auto" and no_probe):
+            refusal = _refusal(laid, models, data, no_probe)
+            if refusal is None or (choice != "auto" and no_probe):
                 return laid, f"{layout}{f', since {reasons[0]}' if reasons else ''}{note}"
-            logger.info(f"{layout} rows with {attention or 'a mask'}: {found}.")
-            refused = found
-        if wanted != "auto":
-            raise ValueError(f"batch_layout {wanted!r} is not exact here: {refused}; use 'auto' or 'padded'.")
+            logger.info(f"{layout} rows with {attention or 'a mask'}: {refusal}.")
+            refused = refusal
+        if choice != "auto":
+            raise ValueError(f"batch_layout {choice!r} is not exact here: {refused}; use 'auto' or 'padded'.")
         reasons.append(refused)
     for one in models:
         one.forward.attention = None
@@ -163,7 +163,7 @@ def _refusal(
         plain = all(one.forward.model.config.model_type in PLAIN for one in models)
         return None if plain else f"{laid.layout} rows were not compared with padded ones: {no_probe}"
     try:
-        return next((found for one in models if (found := difference(one, laid, data.rows))), None)
+        return next((off for one in models if (off := difference(one, laid, data.rows))), None)
     except Exception as error:  # models that take no such mask fail in their own ways
         return f"{laid.layout} rows do not run ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
@@ -181,7 +181,7 @@ def _ways(
         yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=None), None
         return
     refusals = [flex_refusal(one.forward.model, one.device) for one in models]
-    refusal = next((found for found in refusals if found is not None), None)
+    refusal = next((reason for reason in refusals if reason is not None), None)
     if refusal is None:
         # the kernel's blocks: fewer shapes to compile for
         yield replace(collator, max_row_tokens=WHOLE_BATCH, pad_to_multiple_of=collator.pad_to_multiple_of or 128), FLEX

@@ -116,8 +116,8 @@ def _telling_rows(dataset: Dataset, max_length: int | None) -> list[dict[str, An
     together = [chosen + rejected - prompt for prompt, chosen, rejected in lengths]
     keys = (lambda row: lengths[row][0], lambda row: max(lengths[row][1:]), lambda row: together[row])
     # among equals, as many are where rows are cut, the one with most answer tokens to compare
-    found = {max(range(len(lengths)), key=lambda row: (key(row), together[row] - lengths[row][0])) for key in keys}
-    return [cast("dict[str, Any]", dataset[row]) for row in sorted(found)]
+    numbers = {max(range(len(lengths)), key=lambda row: (key(row), together[row] - lengths[row][0])) for key in keys}
+    return [cast("dict[str, Any]", dataset[row]) for row in sorted(numbers)]
 
 
 def _lengths(dataset: Dataset) -> list[list[int]]:

@@ -80,8 +80,8 @@ def changed_file(folder: Path) -> str | None:
         manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["algorithm"] != ALGORITHM or not manifest["files"]:
             return f"{MANIFEST} is not readable"
-        for name, wanted in dict(manifest["files"]).items():
-            if file_hash(folder / name) != wanted:
+        for name, expected in dict(manifest["files"]).items():
+            if file_hash(folder / name) != expected:
                 return f"{name} is not as it was written (its hash differs; to use it all the same remove {MANIFEST})"
     except FileNotFoundError as error:
         missing = Path(str(error.filename))

@@ -112,12 +112,12 @@ def remove_checkpoint(path: Path) -> None:
 
 def checkpoints_by_step(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     """The `checkpoint-N` folders of `run_dir` with their steps, lowest first."""
-    found = []
+    checkpoints = []
     for path in Path(run_dir).glob("checkpoint-*"):
         match = _CHECKPOINT.fullmatch(path.name)
         if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+    return sorted(checkpoints)
 
 
 def rotate(run_dir: str | os.PathLike[str], limit: int | None, keep: list[Path]) -> None:
@@ -222,13 +222,13 @@ def resolve_resume(
     if resume is None or resume is False:
         return None
     if resume is True:
-        found = newest_complete(run_dir, sharded)
-        if found is None:
+        newest = newest_complete(run_dir, sharded)
+        if newest is None:
             logger.warning(f"resume: no complete checkpoint in {run_dir}, starting from scratch.")
         else:
-            _check_kind(found, sharded, adapter)
-            logger.warning(f"resume: going on from {found}.")
-        return found
+            _check_kind(newest, sharded, adapter)
+            logger.warning(f"resume: going on from {newest}.")
+        return newest
     reason = incomplete_reason(resume, sharded)
     if reason is not None:
         inside = checkpoints_by_step(resume)

@@ -153,8 +153,8 @@ def _owner(folder: Path) -> dict[str, Any]:
     """What the owner wrote of itself; {} where it has not yet."""
     for _ in range(10):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-            return {name: found[name] for name in ("pid", "host", "since")}
+            owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+            return {name: owner[name] for name in ("pid", "host", "since")}
         time.sleep(0.05)
     return {}
 

@@ -162,9 +162,9 @@ class _Step:
 def _largest(tensors: Iterable[tuple[str, Tensor]]) -> Largest | None:
     """Names, and the largest absolute value of each tensor, NaN where one of its values is (fp32, (P,))."""
     # of a tensor that is split, what this process holds
-    found = [(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for name, tensor in tensors]
+    local = [(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for name, tensor in tensors]
     alike: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
-    for name, tensor in found:
+    for name, tensor in local:
         if tensor.numel() and tensor.is_floating_point():
             alike.setdefault((tensor.device, tensor.dtype), []).append((name, tensor))
     names: list[str] = []
@@ -172,6 +172,6 @@ def _largest(tensors: Iterable[tuple[str, Tensor]]) -> Largest | None:
     for some in alike.values():
         # in one launch where the device can; PyTorch's own gradient clipping calls it too
         norms = torch._foreach_norm([tensor for _, tensor in some], float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-        values.append(torch.stack(list(norms)).float().to(found[0][1].device))
+        values.append(torch.stack(list(norms)).float().to(local[0][1].device))
         names += [name for name, _ in some]
     return (names, torch.cat(values)) if values else None

@@ -61,8 +61,8 @@ def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
     finally:
         logging.getLogger("transformers").setLevel(level)
     if info["mismatched_keys"]:
-        name, found, wanted = sorted(info["mismatched_keys"])[0]
-        raise _other_shape(folder, name, tuple(found), tuple(wanted))
+        name, shape, built = sorted(info["mismatched_keys"])[0]
+        raise _other_shape(folder, name, tuple(shape), tuple(built))
     check_names(folder, info["missing_keys"], info["unexpected_keys"])
     model.load_state_dict(stored.state_dict())
 
@@ -75,14 +75,14 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: an adapter or a tensor is missing or left over, or has another shape.
     """
-    found = {path.parent.name: path.parent for path in folder.glob(f"*/{ADAPTER_WEIGHTS}")}
+    folders = {path.parent.name: path.parent for path in folder.glob(f"*/{ADAPTER_WEIGHTS}")}
     if (folder / ADAPTER_WEIGHTS).is_file():
         # a final adapter lies at the root, whatever its name
-        found["default" if "default" in model.peft_config else trained_adapter(model)] = folder
+        folders["default" if "default" in model.peft_config else trained_adapter(model)] = folder
     check_names(
-        folder, model.peft_config.keys() - found.keys(), found.keys() - model.peft_config.keys(), "the adapter "
+        folder, model.peft_config.keys() - folders.keys(), folders.keys() - model.peft_config.keys(), "the adapter "
     )
-    for name, place in found.items():
+    for name, place in folders.items():
         stored = load_file(place / ADAPTER_WEIGHTS)
         ours = adapter_state(model, name)
         check_names(place, ours.keys() - stored.keys(), stored.keys() - ours.keys())
@@ -92,8 +92,8 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
         reload_adapter(model, name, place)
         for key, value in adapter_state(model, name).items():
             # a checkpoint of on_nan="continue" may have NaN
-            wanted = stored[key].to(value.dtype)
-            if not torch.allclose(value.detach().cpu(), wanted, rtol=0.0, atol=0.0, equal_nan=True):
+            expected = stored[key].to(value.dtype)
+            if not torch.allclose(value.detach().cpu(), expected, rtol=0.0, atol=0.0, equal_nan=True):
                 raise CheckpointError(
                     f"cannot use the weights in {place}: {key} could not be put into this run's model."
                 )
@@ -116,8 +116,8 @@ def check_names(folder: Path, missing: Iterable[str], unexpected: Iterable[str],
         )
 
 
-def _other_shape(folder: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> CheckpointError:
+def _other_shape(folder: Path, name: str, stored: tuple[int, ...], built: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
-        f"cannot use the weights in {folder}: {name} has shape {found} there and {wanted} in this run; go on with the "
+        f"cannot use the weights in {folder}: {name} has shape {stored} there and {built} in this run; go on with the "
         "arguments that the run began with."
     )

@@ -113,10 +113,10 @@ class FrozenModel(Reference):
         yield from plain_weights(self.model, running)
 
     def settings(self, policy: nn.Module) -> dict[str, Any]:
-        found = {"model": cast(Any, self.model).config}
+        configs = {"model": cast(Any, self.model).config}
         if isinstance(self.model, PeftModel):
-            found |= {name: self.model.peft_config[name] for name in self.model.active_adapters}
-        return found
+            configs |= {name: self.model.peft_config[name] for name in self.model.active_adapters}
+        return configs
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

@@ -43,8 +43,8 @@ class InsidePolicy(Reference):
         yield from plain_weights(policy, self.runs(policy))
 
     def settings(self, policy: nn.Module) -> dict[str, Any]:
-        found = {"model": cast(Any, policy).config}
-        return found | {name: cast(PeftModel, policy).peft_config[name] for name in self.runs(policy)}
+        configs = {"model": cast(Any, policy).config}
+        return configs | {name: cast(PeftModel, policy).peft_config[name] for name in self.runs(policy)}
 
 
 class AdapterOff(InsidePolicy):

@@ -123,19 +123,19 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise StaleLogpsError unless `folder` is empty or holds log-probs of the same settings."""
     path = folder / MANIFEST
     try:
-        found = read_json(path)
+        stored = read_json(path)
     except FileNotFoundError:
         if any(folder.glob("shard-*")):
             raise StaleLogpsError(f"{folder} has reference log-probs and no {MANIFEST}; remove the folder.") from None
         return
     except (ValueError, OSError) as error:
         raise StaleLogpsError(f"{path} is not readable ({error}); remove {folder}.") from None
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         raise StaleLogpsError(f"{path} is not a JSON object; remove {folder}.")
-    differ = [key for key in manifest if key != "notes" and found.get(key) != manifest[key]]
+    differ = [key for key in manifest if key != "notes" and stored.get(key) != manifest[key]]
     if differ:
-        said = [_difference(key, found.get(key), manifest[key]) for key in differ]
-        notes = found.get("notes")
+        said = [_difference(key, stored.get(key), manifest[key]) for key in differ]
+        notes = stored.get("notes")
         notes = notes if isinstance(notes, dict) else {}
         said += [
             _difference(key, notes.get(key), value)
@@ -198,14 +198,14 @@ def _read_shard(folder: Path, shard: int, rows: int, key: str) -> dict[str, Tens
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            found = metadata.get(KEY)
+            stored_key = metadata.get(KEY)
             read = {name: file.get_tensor(name) for name in (*REFERENCE_COLUMNS, *LENGTHS)}
     except (SafetensorError, OSError):
-        found, read, metadata = None, {}, {}
+        stored_key, read, metadata = None, {}, {}
     if read and HASH in metadata and metadata[HASH] != tensors_hash(read):
         logger.warning(f"{path} is not as it was written (its content hash differs) and is computed again.")
         return None
-    if read and found != key:
+    if read and stored_key != key:
         raise StaleLogpsError(
             f"{path} holds reference log-probs of other settings than {MANIFEST} beside it, as if two runs had begun "
             f"in one folder; remove {folder} to compute them again, or give another precompute_ref_dir."

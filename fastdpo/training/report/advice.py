@@ -49,16 +49,16 @@ class Advisor(TrainerCallback):
         logs = training_logs(state.log_history)
         if not logs or logs[-1] is not state.log_history[-1]:  # an evaluation's log
             return
-        found = self.new_advice(logs)
-        self.given += found
+        new = self.new_advice(logs)
+        self.given += new
         if state.is_world_process_zero:
-            for advice in found:
+            for advice in new:
                 logger.warning(f"advice (step {advice['step']}): {advice['text']}.")
 
     def new_advice(self, logs: Sequence[Record]) -> list[dict[str, Any]]:
         """What the rules say of the last of `logs`, the training logs so far, beyond what is in `given`."""
         said = {advice["rule"] for advice in self.given}
-        found = []
+        new = []
         for name, rule in RULES.items():
             # a number that is not finite explains every other
             if name in said or "not_finite" in said:
@@ -66,8 +66,8 @@ class Advisor(TrainerCallback):
             text = rule(logs, self.args)
             if text is not None:
                 said.add(name)
-                found.append({"step": int(logs[-1]["step"]), "rule": name, "text": text})
-        return found
+                new.append({"step": int(logs[-1]["step"]), "rule": name, "text": text})
+        return new
 
 
 def training_logs(history: Sequence[dict[str, Any]]) -> list[Record]:

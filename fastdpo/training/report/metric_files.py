@@ -66,12 +66,12 @@ def metric_rows(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
     rows: dict[int, dict[str, Any]] = {}
     for record in log_history:
         if RUN_RECORD in record:
-            found = {name: value for name, value in record.items() if name in LOGGED or name in ("step", "epoch")}
-            if not LOGGED & found.keys():
+            values = {name: value for name, value in record.items() if name in LOGGED or name in ("step", "epoch")}
+            if not LOGGED & values.keys():
                 continue
         else:
-            found = record
-        rows.setdefault(int(record["step"]), {}).update(found)
+            values = record
+        rows.setdefault(int(record["step"]), {}).update(values)
     return [rows[step] for step in sorted(rows)]
 
 

@@ -118,14 +118,14 @@ class Card:
 
     def _metrics(self) -> list[str]:
         """The last training log and the last evaluation, as far as there are any."""
-        found = {}
+        columns = {}
         for heading, prefix in (("training", ""), ("evaluation", "eval_")):
             last = next((log for log in reversed(self.logs) if f"{prefix}loss" in log), None)
             if last is not None:
-                found[f"{heading}, step {last['step']}"] = {name: last.get(prefix + name) for name in METRICS}
-        rows = [[name, *(_number(column[name]) for column in found.values())] for name in METRICS]
+                columns[f"{heading}, step {last['step']}"] = {name: last.get(prefix + name) for name in METRICS}
+        rows = [[name, *(_number(column[name]) for column in columns.values())] for name in METRICS]
         rows = [row for row in rows if any(row[1:])]
-        return ["## Metrics\n", _table(["", *found], rows)] if rows else []
+        return ["## Metrics\n", _table(["", *columns], rows)] if rows else []
 
 
 def card_of(
@@ -180,8 +180,8 @@ def on_hub(name: str) -> bool:
 def hub_names(dataset: Any) -> list[str]:
     """The names of the hub datasets that a Dataset was downloaded from."""
     sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = (re.match(r"hf://datasets/([^@]+)@", source) for source in sources)
-    return list(dict.fromkeys(match[1] for match in found if match))
+    matches = (re.match(r"hf://datasets/([^@]+)@", source) for source in sources)
+    return list(dict.fromkeys(match[1] for match in matches if match))
 
 
 def _number(value: Any) -> str:

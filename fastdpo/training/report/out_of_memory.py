@@ -150,20 +150,20 @@ class MemoryWatch(TrainerCallback):
 
     def _halving(self) -> list[str]:
         """Arguments that about halve a batch's memory, those that change the training least first."""
-        args, several, found = self.args, self._pairs() > 1, list[str]()
+        args, several, fixes = self.args, self._pairs() > 1, list[str]()
         if self._work != "training":
             name = "per_device_eval_batch_size" if self._work == "evaluation" else "precompute_ref_batch_size"
-            found += [f"{name}={_halved(self._pairs())[0]}"] if several else []
+            fixes += [f"{name}={_halved(self._pairs())[0]}"] if several else []
         else:
-            found += [] if args.gradient_checkpointing else ["gradient_checkpointing=True"]
+            fixes += [] if args.gradient_checkpointing else ["gradient_checkpointing=True"]
             if several and args.max_tokens_per_batch is not None:
-                found.append(f"max_tokens_per_batch={max(args.max_tokens_per_batch // 2, 2)}")
+                fixes.append(f"max_tokens_per_batch={max(args.max_tokens_per_batch // 2, 2)}")
             elif several:
                 size, parts = _halved(args.per_device_train_batch_size)
                 accumulated = args.gradient_accumulation_steps * parts
-                found.append(f"per_device_train_batch_size={size} with gradient_accumulation_steps={accumulated}")
+                fixes.append(f"per_device_train_batch_size={size} with gradient_accumulation_steps={accumulated}")
         longest = self._longest()
-        return [*found, f"max_length={longest // 2}"] if longest > 3 else found
+        return [*fixes, f"max_length={longest // 2}"] if longest > 3 else fixes
 
 
 def _halved(size: int) -> tuple[int, int]:

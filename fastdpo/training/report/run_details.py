@@ -46,12 +46,12 @@ def model_details(model: Any) -> dict[str, Any]:
         return {"name_or_path": model.name_or_path or None, "trained_as": "full"}
     config = model.peft_config[trained_adapter(model)]
     base = config.base_model_name_or_path or model.get_base_model().name_or_path
-    found: dict[str, Any] = {"name_or_path": base or None, "trained_as": "lora"}
+    details: dict[str, Any] = {"name_or_path": base or None, "trained_as": "lora"}
     if isinstance(config, LoraConfig):
-        found |= {name: getattr(config, own) for name, own in _LORA.items()}
-        if isinstance(found["lora_target_modules"], set):  # in an order of its own in each process
-            found["lora_target_modules"] = sorted(found["lora_target_modules"])
-    return found
+        details |= {name: getattr(config, own) for name, own in _LORA.items()}
+        if isinstance(details["lora_target_modules"], set):  # in an order of its own in each process
+            details["lora_target_modules"] = sorted(details["lora_target_modules"])
+    return details
 
 
 def _is_sized(data: Any) -> bool:
