@@ -1,6 +1,5 @@
 """Why a model cannot be loaded or trained, in one sentence that names it."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from fastdpo.json_text import read_json
 
 # what a class's name ends with, of models whose trunk a causal LM of the same config would load without a word
 OTHER_KINDS = {
@@ -86,7 +87,7 @@ def unreadable_weights(folder: Path, *others: str) -> str | None:
     index = folder / "model.safetensors.index.json"
     try:
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(read_json(index)["weight_map"].values())
             files = [folder / name for name in sorted(shards)]
         else:
             names = ("model.safetensors", "adapter_model.safetensors")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastdpo.files import write_atomic
+from fastdpo.json_text import read_json
 
 MANIFEST = "fastdpo_hashes.json"
 ALGORITHM = "xxh3_128"
@@ -77,7 +78,7 @@ def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
 def changed_file(folder: Path) -> str | None:
     """Why the files in `folder` are not those that its manifest names; None where they are, or where there is none."""
     try:
-        manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: Any = read_json(folder / MANIFEST)
         if manifest["algorithm"] != ALGORITHM or not manifest["files"]:
             return f"{MANIFEST} is not readable"
         for name, expected in dict(manifest["files"]).items():

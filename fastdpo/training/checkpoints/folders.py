@@ -18,6 +18,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.files import remove_tree, sync_folder, sync_tree, why_not_written, write_atomic
+from fastdpo.json_text import read_json
 from fastdpo.models.load_errors import unreadable_weights
 from fastdpo.training.checkpoints.content_hashes import changed_file
 
@@ -149,7 +150,7 @@ def incomplete_reason(folder: str | os.PathLike[str], sharded: bool = False) -> 
 def _wrong_state(folder: Path) -> str | None:
     """What is wrong with trainer_state.json or fastdpo_state.json, None where nothing is."""
     try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = read_json(folder / TRAINER_STATE_NAME)
         step, history = state["global_step"], state["log_history"]
         as_trainer_writes = isinstance(step, int) and isinstance(history, list)
         if not as_trainer_writes or not all(isinstance(line.get("step"), int | float) for line in history):
@@ -165,7 +166,7 @@ def _wrong_state(folder: Path) -> str | None:
     path = folder / STATE_NAME
     if path.is_file():  # another trainer writes none
         try:
-            ours = json.loads(path.read_text(encoding="utf-8"))
+            ours = read_json(path)
             wrong = [name for name, kind in _STATE.items() if not isinstance(ours[name], kind)]
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             wrong = [STATE_NAME]
@@ -265,4 +266,4 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.is_file():
         logger.warning(f"resume: {folder} has no {STATE_NAME}; the first logged means start at this checkpoint.")
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

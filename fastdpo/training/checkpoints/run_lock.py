@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
 from fastdpo.files import DiskError, write_atomic
+from fastdpo.json_text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _owner(folder: Path) -> dict[str, Any]:
     """What the owner wrote of itself; {} where it has not yet."""
     for _ in range(10):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+            owner = read_json(folder / OWNER)
             return {name: owner[name] for name in ("pid", "host", "since")}
         time.sleep(0.05)
     return {}
