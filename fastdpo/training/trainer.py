@@ -31,7 +31,7 @@ from fastdpo.training.checkpoints.trainer import CrashSafeTrainer
 from fastdpo.training.pair_datasets import PairDataset, PairDatasets
 from fastdpo.training.reference.base import FrozenModel, NoReference
 from fastdpo.training.reference.choose import make_reference
-from fastdpo.training.reference.precomputed import precompute_for, stored_logps
+from fastdpo.training.reference.precomputed import free_memory, precompute_for, stored_logps
 from fastdpo.training.reference.saved import ReferenceFile
 from fastdpo.training.report import metrics
 from fastdpo.training.report.advice import Advisor
@@ -172,12 +172,10 @@ class DPOTrainer(CrashSafeTrainer):
         self.memory = MemoryWatch(
             args, lambda: getattr(self.data_collator, "layout", "padded"), lambda: isinstance(policy, PeftModel)
         )
-        for callback in self.reference.callbacks(policy):
-            self.add_callback(callback)
         if args.precompute_ref_log_probs and not isinstance(self.reference, NoReference):
+            del models  # nothing is to keep the reference's model
             self.reference = precompute_for(self, self.reference, policy)
-            for callback in self.reference.callbacks(policy):
-                self.add_callback(callback)
+            free_memory()
         if args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
         self.metrics = metrics.MetricWindow(self.accelerator)
@@ -191,9 +189,9 @@ class DPOTrainer(CrashSafeTrainer):
         self.advisor = Advisor(args)
         self.card_details: dict[str, Any] = {}
         self.report = MetricsReport(run_details(self))
-        for callback in (self.memory, self.speed, self.advisor, self.report):
-            self.add_callback(callback)
-        for callback in answers_of(self, self.report.files, self._sharded):
+        answers = answers_of(self, self.report.files, self._sharded)
+        moving = self.reference.callbacks(policy)
+        for callback in (*moving, self.memory, self.speed, self.advisor, self.report, *answers):
             self.add_callback(callback)
 
     @property

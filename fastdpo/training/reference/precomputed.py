@@ -191,7 +191,6 @@ def precompute_for(trainer: Any, reference: Reference, policy: nn.Module) -> Pre
     trainer.train_dataset = datasets.pop("train", None)
     evals = {name.removeprefix("eval-"): dataset for name, dataset in datasets.items()}
     trainer.eval_dataset = evals if several else evals.get("eval")
-    free_memory()
     return precomputed
 
 
