@@ -208,7 +208,8 @@ TWO_PROCESSES = """
 import os, signal, sys
 import torch
 from transformers import TrainerCallback
-from fastdpo.cli import main, session
+from fastdpo.cli import main
+from fastdpo.cli.train import session
 
 torch.set_num_threads(1)
 
