@@ -25,15 +25,6 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """The model is too small for more: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def poisoned() -> None:
     """torch.empty as it is.
 

@@ -43,15 +43,6 @@ SIZES: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.02}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """The model is too small for more: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {"</s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))

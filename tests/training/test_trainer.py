@@ -2,38 +2,27 @@
 
 import gc
 import json
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     TrainerCallback,
-    TrainingArguments,
 )
 
-from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.models.adapters import adapter_off
 from fastdpo.training.reference.base import FrozenModel
 from fastdpo.training.reference.inside_policy import AdapterOff
 from fastdpo.training.trainer import DPOTrainer
+from tiny_runs import lora, make, model, pairs
 
-VOCABULARY = 61
 PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 METRICS = (
     *PAIR_METRICS,
@@ -44,82 +33,6 @@ METRICS = (
     "entropy",
     "mean_token_accuracy",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """The model is too small for more: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Without a pad token: the trainer takes the EOS token, and masks come from lengths."""
-    words = {"</s>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")), eos_token="</s>", unk_token="w1"
-    )
-
-
-def model(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
-
-
-def pairs(count: int = 8, seed: int = 1) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids() -> list[int]:
-        length = int(torch.randint(2, 9, (), generator=generator))
-        return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
-
-    rows = [{"prompt_ids": ids(), "chosen_ids": [*ids(), 0], "rejected_ids": [*ids(), 0]} for _ in range(count)]
-    return Dataset.from_list(rows)
-
-
-def lora(**options: Any) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
-
-
-def make(folder: Path, policy: Any = None, train: Any = None, **options: Any) -> DPOTrainer:
-    arguments = ("eval_dataset", "peft_config", "ref_model", "callbacks", "data_collator", "compute_metrics")
-    given = {name: options.pop(name) for name in arguments if name in options}
-    args = DPOConfig(
-        **{
-            "output_dir": str(folder / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "gradient_checkpointing": False,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "max_steps": 4,
-            "save_strategy": "no",
-            **options,
-        }
-    )
-    return DPOTrainer(
-        model() if policy is None else policy,
-        args=args,
-        train_dataset=pairs() if train is None else train,
-        processing_class=tokenizer(),
-        **given,
-    )
 
 
 def train_logs(trainer: DPOTrainer) -> list[dict[str, float]]:
@@ -325,7 +238,7 @@ def test_best_model_by_a_reward_metric(tmp_path: Path) -> None:
     assert [line["step"] for line in evaluations] == [2, 4, 6]
     best = max(evaluations, key=lambda line: line["eval_rewards/margins"])
     checkpoint = Path(trainer.state.best_model_checkpoint)
-    assert checkpoint == tmp_path / "out" / f"checkpoint-{best['step']}"
+    assert checkpoint == tmp_path / f"checkpoint-{best['step']}"
     # the state inside the checkpoint names the final folder, not the one it was written in
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(checkpoint)
@@ -377,23 +290,6 @@ def test_a_nan_loss_is_logged_as_nan(tmp_path: Path) -> None:
 
 
 # models, adapters and the reference
-
-
-def test_model_is_left_as_it_was_found_and_saved(tmp_path: Path) -> None:
-    policy = model()
-    assert policy.config.use_cache is True
-    trainer = make(tmp_path, policy, save_strategy="steps", save_steps=2)
-    trainer.train()
-    assert "forward" not in vars(policy)
-    assert policy.config.use_cache is True
-    assert policy.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.config.use_cache is True
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy.parameters(), strict=True))
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == VOCABULARY
-    # still usable: the private forward comes back for it
-    assert trainer.evaluate(pairs(2))["eval_loss"] > 0
-    assert "forward" not in vars(policy)
 
 
 def test_reference_is_frozen_and_stays(tmp_path: Path) -> None:
@@ -483,158 +379,4 @@ def test_reference_is_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptur
     assert said == ["reference: the adapter 'default' as it was at the start, kept as a frozen copy."]
 
 
-def test_adapter_is_saved_and_loads(tmp_path: Path) -> None:
-    trainer = make(tmp_path, peft_config=lora(), save_strategy="steps", save_steps=4)
-    trainer.train()
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    loaded = PeftModel.from_pretrained(model(), tmp_path / "out").eval()
-    ids = torch.tensor([[5, 6, 7]])
-    trained = trainer.model.eval()
-    torch.testing.assert_close(loaded(ids).logits, trained(ids).logits)
-    assert not torch.allclose(loaded(ids).logits, model()(ids).logits)
-
-
-def test_bf16_keeps_fp32_weights_and_starts_at_ln_2(tmp_path: Path) -> None:
-    policy = model()
-    trainer = make(tmp_path, policy, bf16=True, max_steps=2, eval_dataset=pairs(2), eval_on_start=True)
-    trainer.train()
-    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-    assert trainer.state.log_history[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert train_logs(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert train_logs(trainer)[1]["loss"] != train_logs(trainer)[0]["loss"]
-    assert "forward" not in vars(policy)
-
-
-def test_training_twice_and_evaluating_before(tmp_path: Path) -> None:
-    trainer = make(tmp_path, bf16=True, eval_dataset=pairs(2))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
-    trainer.train()
-    first = train_logs(trainer)[-1]["num_tokens"]
-    trainer.train()
-    assert train_logs(trainer)[-1]["num_tokens"] == first
-
-
 # data and arguments
-
-
-def test_streamed_dataset_and_tokenizer_alias(tmp_path: Path) -> None:
-    def rows() -> Any:
-        yield from pairs(8)
-
-    args = DPOConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        disable_tqdm=True,
-        max_steps=3,
-        per_device_train_batch_size=2,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1,
-    )
-    stream = IterableDataset.from_generator(rows)
-    trainer = DPOTrainer(model(), args=args, train_dataset=stream, tokenizer=tokenizer())
-    trainer.train()
-    assert trainer.state.global_step == 3
-    assert trainer.tokenizer.pad_token == "</s>"
-
-
-def test_streamed_messages_without_a_prompt_are_normalized(tmp_path: Path) -> None:
-    def rows() -> Any:
-        for i in range(1, 9):
-            question = {"role": "user", "content": f"w{i} w2"}
-            answers = ({"role": "assistant", "content": f"w{i + shift} w4"} for shift in (3, 5))
-            chosen, rejected = ([question, answer] for answer in answers)
-            yield {"chosen": chosen, "rejected": rejected}
-
-    chat = tokenizer()
-    chat.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
-    chat.chat_template = (
-        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-        "{% if add_generation_prompt %}assistant {% endif %}"
-    )
-    args = DPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=2, save_strategy="no", per_device_train_batch_size=2
-    )
-    streamed, whole = (
-        cast(Any, DPOTrainer(model(), args=args, train_dataset=dataset, processing_class=chat).train_dataset)
-        for dataset in (IterableDataset.from_generator(rows), Dataset.from_list(list(rows())))
-    )
-    ids = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    assert [[row[name] for name in ids] for row in streamed] == [[row[name] for name in ids] for row in whole]
-    assert next(iter(streamed))["chosen_ids"] == [4, 4]
-    DPOTrainer(model(), args=args, train_dataset=streamed, processing_class=chat).train()
-
-
-def test_predict_takes_text(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"prompt": "w5", "chosen": "w6", "rejected": "w7"}] * 3)
-    trainer = make(tmp_path)
-    metrics = trainer.predict(rows).metrics
-    assert metrics["test_loss"] == pytest.approx(math.log(2))
-    assert metrics["test_loss"] == trainer.evaluate(rows)["eval_loss"]
-
-
-@pytest.mark.skipif("train_sampling_strategy" not in TrainingArguments.__dataclass_fields__, reason="another name")
-def test_grouping_by_length_sees_the_longer_side(tmp_path: Path) -> None:
-    trainer = make(tmp_path, train=pairs(16), train_sampling_strategy="group_by_length")
-    rows = cast(Any, trainer.train_dataset)
-    wanted = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-    assert rows["length"] == wanted
-    trainer.train()
-    assert len(train_logs(trainer)) == 4
-    trainer.evaluate(rows)
-
-
-def test_ids_and_vocabularies_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    rows = pairs(4).to_list()
-    rows[2]["chosen_ids"][1] = VOCABULARY
-    with pytest.raises(
-        ValueError, match=r"train_dataset\[2\].chosen_ids has the id 61, and the model embeds ids 0 to 60"
-    ):
-        make(tmp_path, train=Dataset.from_list(rows))
-    with pytest.raises(ValueError, match=r"eval_dataset\[2\].chosen_ids has the id 61"):
-        make(tmp_path, eval_dataset=Dataset.from_list(rows))
-    with pytest.raises(ValueError, match="the tokenizer has 61 tokens and the reference embeds 40"):
-        make(tmp_path, ref_model=model(vocab_size=40))
-
-
-def test_text_rows_are_tokenized(tmp_path: Path) -> None:
-    rows = [{"prompt": "w3 w4 ", "chosen": "w5 w6", "rejected": "w7"}] * 4
-    tokens = tokenizer()
-    from tokenizers.pre_tokenizers import Whitespace
-
-    tokens.backend_tokenizer.pre_tokenizer = Whitespace()
-    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, max_length=16)
-    trainer = DPOTrainer(model(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokens)
-    assert trainer.tokenize_reports["train"].rows == 4
-    assert trainer.train_dataset[0]["prompt_ids"] == [3, 4]
-
-
-def test_arguments_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    same = model()
-    with pytest.raises(ValueError, match="same object"):
-        make(tmp_path, same, ref_model=same)
-    with pytest.raises(TypeError, match="must be a fastdpo DPOConfig, got dict"):
-        DPOTrainer(model(), args=cast(Any, {"use_cpu": True}), train_dataset=pairs())
-    with pytest.raises(TypeError, match="got list"):
-        make(tmp_path, train=[{"prompt_ids": [1]}])
-    with pytest.raises(ValueError, match="embeds 30"):
-        make(tmp_path, model(vocab_size=30))
-    with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
-        make(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
-
-
-def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPOConfig, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match=r"2 GPUs are visible to one process.*CUDA_VISIBLE_DEVICES"):
-        make(tmp_path)
-
-
-def test_rows_that_lose_a_completion_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = pairs(4).to_list()
-    rows[0] |= {"chosen_ids": [], "rejected_ids": []}
-    rows[1] |= {"chosen_ids": []}
-    make(tmp_path, train=Dataset.from_list(rows))
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    (line,) = [line for line in said if line.startswith("train: 3 pairs")]
-    assert "dropped 1 without a scored token; 1 with no scored token in one of the completions" in line

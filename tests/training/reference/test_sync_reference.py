@@ -2,51 +2,26 @@
 
 import copy
 import logging
-import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from torch import nn
+from transformers import TrainerCallback
 
-from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.models.forward import model_call
+import tiny_runs
 from fastdpo.training.checkpoints.content_hashes import MANIFEST
 from fastdpo.training.checkpoints.folders import REFERENCE_NAME, CheckpointError
 from fastdpo.training.reference import synced
 from fastdpo.training.reference.synced import SyncedAdapter, SyncedModel, lora_factors, rank_limit, recompress
 from fastdpo.training.trainer import DPOTrainer
-
-ROOT = Path(__file__).resolve().parents[3]
-VOCABULARY = 61
-
-
-def model(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
+from tiny_runs import ENVIRONMENT, ROOT, batch_of, by_definition, losses, model, reference_logps
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -64,63 +39,9 @@ def adapted(**options: Any) -> PeftModel:
     return policy
 
 
-def pairs(count: int = 8) -> Dataset:
-    generator = torch.Generator().manual_seed(1)
-
-    def ids() -> list[int]:
-        length = int(torch.randint(2, 9, (), generator=generator))
-        return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
-
-    rows = [{"prompt_ids": ids(), "chosen_ids": [*ids(), 0], "rejected_ids": [*ids(), 0]} for _ in range(count)]
-    return Dataset.from_list(rows)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"</s>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w1")), eos_token="</s>", unk_token="w1"
-    )
-
-
 def make(folder: Path, policy: Any, **options: Any) -> DPOTrainer:
-    given = {name: options.pop(name) for name in ("ref_model", "peft_config", "callbacks") if name in options}
-    args = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 2,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "max_steps": 6,
-        "save_strategy": "no",
-        "sync_ref_model": True,
-        "ref_model_sync_steps": 2,
-        **options,
-    }
-    return DPOTrainer(policy, args=DPOConfig(**args), train_dataset=pairs(), processing_class=tokenizer(), **given)
-
-
-def batch_of(trainer: DPOTrainer) -> dict[str, Tensor]:
-    return replace(trainer.data_collator, layout="padded")([cast(dict, pairs()[row]) for row in range(4)])
-
-
-def by_definition(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        logits = policy.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits.flatten(0, 1)[batch["rows"]].log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
-
-
-def reference_logps(trainer: DPOTrainer, batch: dict[str, Tensor]) -> Tensor:
-    with trainer.forward.installed():
-        logps = trainer.reference(cast(Any, trainer.model), model_call(batch))
-    assert logps is not None
-    return logps
-
-
-def losses(trainer: DPOTrainer) -> list[float]:
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    usual = {"max_steps": 6, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    return tiny_runs.make(folder, policy, **{**usual, **options})
 
 
 class Dense(TrainerCallback):
@@ -376,10 +297,9 @@ def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TWO)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     folder = tmp_path / "two"
     folder.mkdir()
-    subprocess.run([*launcher, __file__, str(folder)], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run([*launcher, __file__, str(folder)], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
     seen = []
     for kind, policy in (("lora", adapted), ("full", model), ("start", adapted)):
         one = make(tmp_path / "one", policy(), sync_ref_model=kind != "start")
