@@ -1,5 +1,6 @@
 """Keyword arguments that TRL's DPOTrainer took up to 0.15, and arguments that are no DPOConfig."""
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, replace
@@ -20,14 +21,16 @@ _NEVER = {
 }
 
 
-def settled_arguments(args: Any, arguments: Mapping[str, Any], todays: tuple[str, ...]) -> DPOConfig:
-    """`args` as a DPOConfig, with `given`: further keyword arguments of the trainer, whose own are `todays`.
+def settled_arguments(args: Any, arguments: Mapping[str, Any], trainer: type) -> DPOConfig:
+    """`args` as a DPOConfig, with `arguments`: further keyword arguments of the trainer, beside its own.
 
     A keyword that is an argument of DPOConfig, today's or an old one, goes before the one in `args`.
 
     Raises:
         TypeError: a keyword that never was one, or `args` that are no TrainingArguments.
     """
+    parameters = inspect.signature(trainer).parameters.values()
+    todays = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     for name, value in arguments.items():
         if name in _NEVER:
             if value is not None:

@@ -25,50 +25,37 @@ logger = logging.getLogger(__name__)
 PairDataset = Dataset | IterableDataset
 
 
-class PairDatasets:
-    """The datasets of a trainer, tokenized one after another.
+def prepare_all(
+    datasets: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, reports: dict[str, TokenizeReport]
+) -> Any:
+    """A dataset, or each of a dict of them under its key, tokenized, with its entry in `reports`; None stays None.
 
-    Attributes:
-        train, evaluation: as Trainer takes them; `evaluation` may be a dict.
-        reports: what tokenization did to each, by name ("train", "eval", or the key in the dict).
+    Raises:
+        TypeError, ValueError, DataError: as `prepare`.
     """
+    if datasets is None:
+        return None
+    if isinstance(datasets, dict):
+        return {key: prepare_all(each, key, tokenizer, args, reports) for key, each in datasets.items()}
+    dataset, reports[name] = prepare(datasets, name, tokenizer, args)
+    return dataset
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, train: Any, evaluation: Any) -> None:
-        """Raises TypeError, ValueError, DataError as `prepare_dataset`."""
-        self.tokenizer, self.args = tokenizer, args
-        self.reports: dict[str, TokenizeReport] = {}
-        several = isinstance(evaluation, dict)
-        self._before = {"train_dataset": train, **(evaluation if several else {"eval_dataset": evaluation})}
-        self.train = None if train is None else self.prepare(train, "train")
-        self.evaluation: Any = None
-        if several:
-            self.evaluation = {name: self.prepare(dataset, name) for name, dataset in evaluation.items()}
-        elif evaluation is not None:
-            self.evaluation = self.prepare(evaluation, "eval")
 
-    def prepare(self, dataset: PairDataset, name: str) -> PairDataset:
-        """One more dataset, tokenized."""
-        with dataset_bars(shown=not self.args.disable_tqdm):
-            dataset, self.reports[name] = prepare_dataset(dataset, self.tokenizer, self.args, name)
-        return dataset
+def collator_for(tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> DataCollatorForPreference:
+    """The one that a trainer takes where it was given none."""
+    return DataCollatorForPreference(
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        pad_to_multiple_of=cast("int | None", args.pad_to_multiple_of),
+    )
 
-    def collator(self) -> DataCollatorForPreference:
-        """The one that a trainer takes where it was given none."""
-        return DataCollatorForPreference(
-            pad_token_id=cast(int, self.tokenizer.pad_token_id),
-            max_length=self.args.max_length,
-            truncation_mode=self.args.truncation_mode,
-            pad_to_multiple_of=cast("int | None", self.args.pad_to_multiple_of),
-        )
 
-    def check_token_ids(self, embedded: int) -> None:
-        """Refuse rows, tokenized elsewhere, that a model of `embedded` tokens cannot read. Raises ValueError."""
-        for name, dataset in self._before.items():
-            check_token_ids(dataset, embedded, name)
-
-    def all(self) -> list[PairDataset]:
-        """Of training, then of evaluation."""
-        return list(by_name(self.train, self.evaluation).values())
+def check_all_token_ids(train: Any, evaluation: Any, embedded: int) -> None:
+    """Refuse rows, tokenized elsewhere, that a model of `embedded` tokens cannot read. Raises ValueError."""
+    evals = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    for name, dataset in {"train_dataset": train, **evals}.items():
+        check_token_ids(dataset, embedded, name)
 
 
 def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
@@ -78,8 +65,8 @@ def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
     return {name: data for name, data in {"train": train, **evals}.items() if data is not None}
 
 
-def prepare_dataset(
-    dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, name: str
+def prepare(
+    dataset: PairDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: DPOConfig
 ) -> tuple[PairDataset, TokenizeReport]:
     """Normalize and tokenize; what was dropped or will be cut is logged.
 
@@ -93,23 +80,24 @@ def prepare_dataset(
             f"precompute_ref_log_probs needs the {name} dataset as a datasets.Dataset, got {type(dataset).__name__}; "
             "load it whole, or leave precompute_ref_log_probs out."
         )
-    dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
-    first = next(iter(dataset), {})
-    dataset, report = tokenize_dataset(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        num_proc=args.dataset_num_proc,
-        name=name,
-        # log-probs that came with the data are used where they are asked for
-        keep=REFERENCE_COLUMNS if args.precompute_ref_log_probs else (),
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
-        tools=cast("str | None", args.tools),
-        on_overlong=args.on_overlong,
-        scored_turns=args.scored_turns,
-    )
+    with dataset_bars(shown=not args.disable_tqdm):
+        dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
+        first = next(iter(dataset), {})
+        dataset, report = tokenize_dataset(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+            name=name,
+            # log-probs that came with the data are used where they are asked for
+            keep=REFERENCE_COLUMNS if args.precompute_ref_log_probs else (),
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            tools=cast("str | None", args.tools),
+            on_overlong=args.on_overlong,
+            scored_turns=args.scored_turns,
+        )
     _warn_of_findings(first, dataset, tokenizer, name)
     lost = (
         report.dropped_overlong,

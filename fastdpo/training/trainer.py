@@ -1,6 +1,7 @@
 """`DPOTrainer`: transformers' `Trainer` with DPO's loss, reference, metrics and crash-safe checkpoints."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -23,12 +24,13 @@ from fastdpo.losses.from_tokens import pair_logps
 from fastdpo.losses.preference import pair_losses
 from fastdpo.models.forward import STATISTICS, LogprobForward, model_call
 from fastdpo.models.load import check_arguments, check_vocabulary, load_tokenizer, policy_to_train, router_loss_weight
+from fastdpo.training import pair_datasets
 from fastdpo.training.batches.layout import choose_layout
 from fastdpo.training.batches.plan import TokenBatches, plan_batches, planned_loader
 from fastdpo.training.checkpoints.run_facts import RunFacts
 from fastdpo.training.checkpoints.run_lock import output_dir_locked
 from fastdpo.training.checkpoints.trainer import CrashSafeTrainer
-from fastdpo.training.pair_datasets import PairDataset, PairDatasets
+from fastdpo.training.pair_datasets import PairDataset
 from fastdpo.training.reference.base import FrozenModel, NoReference
 from fastdpo.training.reference.choose import make_reference
 from fastdpo.training.reference.precomputed import free_memory, precompute_for, stored_logps
@@ -40,17 +42,11 @@ from fastdpo.training.report.metric_files import RUN_RECORD, MetricsReport
 from fastdpo.training.report.model_card import card_of, write_card
 from fastdpo.training.report.out_of_memory import MemoryWatch, explains_loading
 from fastdpo.training.report.run_details import run_details
-from fastdpo.training.report.speed import Speed
+from fastdpo.training.report.speed import Stopwatch, speed_metrics
 
 logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
-
-# of the constructor, but for `tokenizer`
-ARGUMENTS = (
-    *("model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
-    *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
-)
 
 
 class DPOTrainer(CrashSafeTrainer):
@@ -110,24 +106,27 @@ class DPOTrainer(CrashSafeTrainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **old_arguments: Any,
     ) -> None:
-        args = settled_arguments(args, old_arguments, ARGUMENTS)
+        args = settled_arguments(args, old_arguments, DPOTrainer)
         if tokenizer is not None:
             logger.warning("tokenizer= is now processing_class=; using it.")
         check_arguments(model, ref_model, args)
         if args.should_save:
             check_output_dir(str(args.output_dir), "output_dir")
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, args)
-        self.datasets = PairDatasets(self.tokenizer, args, train_dataset, eval_dataset)
+        self.tokenize_reports: dict[str, TokenizeReport] = {}
+        preparing = self.tokenizer, args, self.tokenize_reports
+        train_pairs = pair_datasets.prepare_all(train_dataset, "train", *preparing)
+        eval_pairs = pair_datasets.prepare_all(eval_dataset, "eval", *preparing)
         policy = policy_to_train(model, args, self.tokenizer, peft_config, quantization_config)
         self._router_loss_weight = router_loss_weight(policy, args)
-        self.datasets.check_token_ids(policy.config.get_text_config().vocab_size)
+        pair_datasets.check_all_token_ids(train_dataset, eval_dataset, policy.config.get_text_config().vocab_size)
         use_cache = policy.config.use_cache
         super().__init__(
             model=policy,
             args=args,
-            data_collator=self.datasets.collator() if data_collator is None else data_collator,
-            train_dataset=cast(Any, self.datasets.train),
-            eval_dataset=self.datasets.evaluation,
+            data_collator=pair_datasets.collator_for(self.tokenizer, args) if data_collator is None else data_collator,
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
             processing_class=self.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -144,8 +143,8 @@ class DPOTrainer(CrashSafeTrainer):
         self._use_cache = policy.config.use_cache = use_cache
         self._loss_options = args.loss_options()
         self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
-        self.forward = LogprobForward(policy)
-        self.reference = make_reference(
+        self._logprob_forward = LogprobForward(policy)
+        self._reference = make_reference(
             policy,
             ref_model,
             args,
@@ -153,62 +152,44 @@ class DPOTrainer(CrashSafeTrainer):
             created_adapter=peft_config is not None,
             sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
         )
-        models: list[tuple[nn.Module, LogprobForward]] = [(policy, self.forward)]
-        if isinstance(self.reference, FrozenModel):
-            check_vocabulary(self.tokenizer, cast(PreTrainedModel, self.reference.model), "reference")
-            models.append((self.reference.model, self.reference.forward))
-        self.layout = choose_layout(
+        models: list[tuple[nn.Module, LogprobForward]] = [(policy, self._logprob_forward)]
+        if isinstance(self._reference, FrozenModel):
+            check_vocabulary(self.tokenizer, cast(PreTrainedModel, self._reference.model), "reference")
+            models.append((self._reference.model, self._reference.forward))
+        self._layout = choose_layout(
             args,
             self.data_collator,
             data_collator is not None,
-            self.datasets.all(),
+            list(pair_datasets.by_name(train_pairs, eval_pairs).values()),
             models,
             self._model_inputs,
             lambda: self.accelerator.autocast(),
             router_loss=bool(self._router_loss_weight),
             sharded=self.is_fsdp_enabled,
         )
-        self.data_collator = self.layout.collator
-        self.memory = MemoryWatch(
-            args, lambda: getattr(self.data_collator, "layout", "padded"), lambda: isinstance(policy, PeftModel)
-        )
-        if args.precompute_ref_log_probs and not isinstance(self.reference, NoReference):
+        self.layout_description, self.data_collator = self._layout.description, self._layout.collator
+        self._memory = MemoryWatch(args, isinstance(policy, PeftModel))
+        if args.precompute_ref_log_probs and not isinstance(self._reference, NoReference):
             del models  # nothing is to keep the reference's model
-            self.reference = precompute_for(self, self.reference, policy)
+            self._reference = precompute_for(self, self._reference, policy)
             free_memory()
+        self.reference_description, self.reference_origin = self._reference.description, dict(self._reference.origin)
         if args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
-        self.metrics = metrics.MetricWindow(self.accelerator)
-        self.batches = TokenBatches(
-            args, self.accelerator, lambda: plan_batches(args, self.train_dataset, self.data_collator)
+        self._metrics = metrics.MetricWindow(self.accelerator)
+        self._batches = TokenBatches(
+            self.accelerator, lambda: plan_batches(self.args, self.train_dataset, self.data_collator)
         )
-        self.facts = RunFacts(args, policy, self.train_dataset, self.eval_dataset, self.reference_origin)
-        self.parts = [self.batches, self.facts, self.metrics]
-        self.file_parts = [ReferenceFile(self.reference)]
-        self.speed = Speed(self.accelerator)
+        self._facts = RunFacts(policy, self.reference_origin)
+        self.parts = [self._batches, self._facts, self._metrics]
+        self.file_parts = [ReferenceFile(self._reference)]
+        self._stopwatch = Stopwatch()
         self.advisor = Advisor(args)
         self.card_details: dict[str, Any] = {}
         self.report = MetricsReport(run_details(self))
         answers = answers_of(self, self.report.files, self._sharded)
-        moving = self.reference.callbacks(policy)
-        for callback in (*moving, self.memory, self.speed, self.advisor, self.report, *answers):
+        for callback in (*self._reference.callbacks(policy), self.advisor, self.report, *answers):
             self.add_callback(callback)
-
-    @property
-    def reference_description(self) -> str:
-        return self.reference.description
-
-    @property
-    def reference_origin(self) -> dict[str, Any]:
-        return dict(self.reference.origin)
-
-    @property
-    def layout_description(self) -> str:
-        return self.layout.description
-
-    @property
-    def tokenize_reports(self) -> dict[str, TokenizeReport]:
-        return self.datasets.reports
 
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         return model_call(cast(dict, self._prepare_inputs(batch)))
@@ -226,16 +207,19 @@ class DPOTrainer(CrashSafeTrainer):
         with output_dir_locked(self.args, self):
             for callback in self.callback_handler.callbacks:
                 outlive_full_disk(callback)
-            self.facts.begin()
+            self._facts.begin(self.args, self.train_dataset, self.eval_dataset)
+            self._reference.policy_moves()
             self.report.began = False
             try:
-                with self.memory.explained(), self.forward.installed():
+                with self._memory.explained(), self._logprob_forward.installed():
                     output = super().train(*args, **kwargs)
             except BaseException:
                 if self.report.began:  # else the files are of an earlier run
                     self.report.write(self.args, self.state)
                 raise
-            cast(Model, self.forward.model).config.use_cache = self._use_cache
+            finally:
+                self._stopwatch.stop()
+            cast(Model, self._logprob_forward.model).config.use_cache = self._use_cache
             if self.args.save_strategy != SaveStrategy.NO:
                 self.save_model()
         return output
@@ -246,16 +230,17 @@ class DPOTrainer(CrashSafeTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer.get_train_dataloader`; with `max_tokens_per_batch` the planned batches of this process."""
-        plan = self.batches.plan()
+        plan = self._batches.plan()
         if plan is None:
             return super().get_train_dataloader()
         dataset = self._remove_unused_columns(cast(Any, self.train_dataset), description="training")
-        return planned_loader(plan, dataset, self.data_collator, self.args, lambda: self.state.epoch or 0)
+        loader = planned_loader(plan, dataset, self.data_collator, self.args, lambda: self.state.epoch or 0)
+        return self._signals.spare(loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.speed.run()
+        self._stopwatch.run()
         samples, items = super().get_batch_samples(*args, **kwargs)
-        self.batches.begin_update(samples)
+        self._batches.begin_update(samples)
         return samples, items
 
     def compute_loss(
@@ -267,12 +252,12 @@ class DPOTrainer(CrashSafeTrainer):
     ) -> Any:
         """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
         training = cast(Model, self.model).training
-        self.memory.at("training" if training else "evaluation", inputs)
+        self._memory.at("training" if training else "evaluation", inputs, self.data_collator)
         call = model_call(inputs)
         router = {"output_router_logits": True} if self._router_loss_weight else {}
-        with self.forward.installed():
+        with self._logprob_forward.installed():
             # the reference goes first: the policy's activations are not in memory yet
-            reference = stored_logps(inputs) or self.reference(cast(Model, self.model), call)
+            reference = stored_logps(inputs) or self._reference(cast(Model, self.model), call)
             policy = model(**call, **router, logprob_stats=self._statistics)
         offsets = inputs["offsets"].to(policy["logprob"].device)
         logps = pair_logps(policy, reference, offsets, self._loss_options)
@@ -284,12 +269,25 @@ class DPOTrainer(CrashSafeTrainer):
         lengths = inputs["lengths"] if "lengths" in inputs else inputs["attention_mask"].sum(1)
         table = metrics.batch_table(output, logps, policy, offsets, lengths, aux_loss, weight)
         if training:
-            self.metrics.training.add(table)
-            loss = loss * self.batches.weight(len(table))
+            self._metrics.training.add(table)
+            if self._batches.planned:
+                loss = loss * self._batches.weight(len(table), self.current_gradient_accumulation_steps)
         else:
             # drops the pairs that accelerate repeats to fill the last batch
-            self.metrics.evaluation.add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
+            self._metrics.evaluation.add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
         return (loss, table) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._memory.at_update()
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._memory.at_rest()
+        # a pause waits for the device, so there is none in a step that only trains or logs
+        away = self.control.should_evaluate or self.control.should_save
+        with self._stopwatch.paused() if away else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; a training log gets the means since the last one, in the dict that is passed.
@@ -304,8 +302,11 @@ class DPOTrainer(CrashSafeTrainer):
         super().log(logs, start_time)
 
     def _window(self) -> dict[str, float]:
-        means, tokens = self.metrics.close()
-        return {**means, **self.speed.read(tokens), "num_tokens": self.metrics.num_tokens} if means else {}
+        means, tokens = self._metrics.close()
+        if not means:
+            return {}
+        speed = speed_metrics(self._stopwatch.lap(), tokens, self.accelerator)
+        return {**means, **speed, "num_tokens": self._metrics.num_tokens}
 
     # evaluation
 
@@ -317,22 +318,25 @@ class DPOTrainer(CrashSafeTrainer):
     ) -> dict[str, float]:
         """As `Trainer.evaluate`; a dataset given here may hold text or messages."""
         if isinstance(eval_dataset, Dataset | IterableDataset):
-            eval_dataset = self.datasets.prepare(eval_dataset, metric_key_prefix)
-            self.layout.check(eval_dataset, "eval_dataset")
+            eval_dataset = self._tokenized(eval_dataset, metric_key_prefix, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """The metrics of `test_dataset`, which may hold text or messages, and its predictions (see the class)."""
-        test_dataset = self.datasets.prepare(test_dataset, metric_key_prefix)
-        self.layout.check(test_dataset, "test_dataset")
+        test_dataset = self._tokenized(test_dataset, metric_key_prefix, "test_dataset")
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
+    def _tokenized(self, dataset: PairDataset, name: str, argument: str) -> Any:
+        dataset, self.tokenize_reports[name] = pair_datasets.prepare(dataset, name, self.tokenizer, self.args)
+        self._layout.check(dataset, argument)
+        return dataset
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self.metrics.evaluation.clear()
-        with self.memory.explained(), self.forward.installed():
+        self._metrics.evaluation.clear()
+        with self._memory.explained(), self._logprob_forward.installed():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.memory.at_rest()
-        means = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics.evaluated().items()}
+        self._memory.at_rest()
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics.evaluated().items()}
         cast(dict, output.metrics).update(means)
         return output
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.findings import repeated_pairs, special_token_findings
 from fastdpo.data.tokenize_dataset import ID_COLUMNS
-from fastdpo.training.pair_datasets import prepare_dataset
+from fastdpo.training.pair_datasets import prepare
 
 BOS, EOS, SPACE, NEWLINE, LETTER = 256, 257, 220, 198, 64
 Pair = tuple[list[int], list[int], list[int]]
@@ -76,7 +76,7 @@ def warnings_of(dataset: Any, tokenizer: Any, caplog: Any, tmp_path: Any, **opti
     caplog.clear()
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
     with caplog.at_level(logging.WARNING):
-        prepare_dataset(dataset, tokenizer, args, "train")
+        prepare(dataset, "train", tokenizer, args)
     return [record.message for record in caplog.records if record.name == "fastdpo.training.pair_datasets"]
 
 

@@ -139,8 +139,8 @@ def by_definition(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def reference_logps(trainer: DPOTrainer, batch: dict[str, Tensor]) -> Tensor:
-    with trainer.forward.installed():
-        logps = trainer.reference(cast(Any, trainer.model), model_call(batch))
+    with trainer._logprob_forward.installed():
+        logps = trainer._reference(cast(Any, trainer.model), model_call(batch))
     assert logps is not None
     assert not logps.requires_grad
     return logps

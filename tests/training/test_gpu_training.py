@@ -65,7 +65,7 @@ def test_shared_rows_train_as_padded_ones(tmp_path: Path, peft: bool, checkpoint
     options = {"peft": peft, "gradient_checkpointing": checkpointing}
     shared = trainer(tmp_path, **options)
     assert shared.data_collator.layout == "shared", shared.layout_description
-    assert shared.forward.attention == attention.FLEX
+    assert shared._logprob_forward.attention == attention.FLEX
     assert losses(shared) == pytest.approx(losses(trainer(tmp_path, "padded", **options)), abs=2e-2)
     assert shared.model.config._attn_implementation == "sdpa"
 
@@ -84,7 +84,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, peft: bool) -> None
     batches = [run._prepare_inputs(batch) for batch in run.get_train_dataloader()]
     run.model.train()
     torch.cuda.synchronize()
-    with run.forward.installed():
+    with run._logprob_forward.installed():
         torch.cuda.set_sync_debug_mode("error")
         try:
             for batch in batches[:3]:

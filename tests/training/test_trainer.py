@@ -299,7 +299,7 @@ def test_reference_is_frozen_and_stays(tmp_path: Path) -> None:
     assert trainer.reference_description == "a frozen copy of the starting policy"
     assert trainer.reference_origin == {"kind": "start"}
     trainer.train()
-    reference = trainer.reference
+    reference = trainer._reference
     assert isinstance(reference, FrozenModel)
     assert not any(p.requires_grad for p in reference.model.parameters())
     for name, tensor in reference.model.state_dict().items():
@@ -325,7 +325,7 @@ def test_adapter_reference_is_the_base_model_in_one_copy(tmp_path: Path) -> None
     trainer = make(tmp_path, peft_config=lora())
     gc.collect()
     assert sum(isinstance(item, LlamaForCausalLM) for item in gc.get_objects()) == before + 1
-    assert isinstance(trainer.reference, AdapterOff)
+    assert isinstance(trainer._reference, AdapterOff)
     assert "adapter switched off" in trainer.reference_description
     assert trainer.reference_origin == {"kind": "base"}
     trainer.train()
@@ -336,8 +336,8 @@ def test_adapter_reference_is_the_base_model_in_one_copy(tmp_path: Path) -> None
     trainer.model.train()
     adapted = trainer.model
     assert isinstance(adapted, PeftModel)
-    with trainer.forward.installed():
-        reference = trainer.reference(adapted, call)
+    with trainer._logprob_forward.installed():
+        reference = trainer._reference(adapted, call)
         policy = adapted(**call)["logprob"]
     assert adapted.training
     assert not reference.requires_grad

@@ -10,11 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.training.trainer import DPOTrainer
@@ -178,6 +174,18 @@ def test_arguments_that_cannot_work_are_refused(tmp_path: Path) -> None:
         make(tmp_path, model(vocab_size=30))
     with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
         make(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
+def test_a_subclass_may_use_names_of_its_own(tmp_path: Path) -> None:
+    """What the trainer keeps for itself has an underscore; what it documents can be assigned."""
+    trainer = make(tmp_path)
+    plain = Trainer(trainer.model, TrainingArguments(str(tmp_path / "plain"), use_cpu=True))
+    documented = {"tokenizer", "tokenize_reports", "reference_description", "reference_origin", "layout_description"}
+    documented |= {"advisor", "report", "card_details", "parts", "file_parts"}
+    assert {name for name in vars(trainer).keys() - vars(plain).keys() if name[0] != "_"} == documented
+    trainer.reference_description = "mine"
+    trainer.train()
+    assert trainer.reference_description == "mine"
 
 
 def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,6 @@ from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.tokenize_row import ID_COLUMNS, common_prefix_length
 from fastdpo.training.checkpoints.folders import CheckpointError
-from fastdpo.training.checkpoints.stop_signals import left_to_the_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +166,14 @@ def tokens_of_pairs(dataset: Dataset, collator: DataCollatorForPreference) -> li
     return tokens
 
 
-def plan_batches(args: DPOConfig, dataset: Any, collator: Any) -> BatchPlan:
-    """The plan of `max_tokens_per_batch`. Raises ValueError for a stream, and for a collator that is not known."""
+def plan_batches(args: DPOConfig, dataset: Any, collator: Any) -> BatchPlan | None:
+    """The plan of `max_tokens_per_batch`, None without it.
+
+    Raises:
+        ValueError: for a stream, and for a collator that is not known.
+    """
+    if args.max_tokens_per_batch is None:
+        return None
     if isinstance(dataset, IterableDataset) or dataset is None:
         raise ValueError("max_tokens_per_batch plans the batches of all epochs, which needs a whole train_dataset.")
     if not isinstance(collator, DataCollatorForPreference):
@@ -177,7 +181,6 @@ def plan_batches(args: DPOConfig, dataset: Any, collator: Any) -> BatchPlan:
             f"max_tokens_per_batch needs to know how batches are made, and data_collator is a "
             f"{type(collator).__name__}; leave one out, or pass a DataCollatorForPreference."
         )
-    assert args.max_tokens_per_batch is not None
     pairs, seed = args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed
     tokens = tokens_of_pairs(cast(Dataset, dataset), collator)
     # the older of the transformers that this works with call it group_by_length
@@ -217,45 +220,46 @@ def planned_loader(
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        worker_init_fn=partial(left_to_the_trainer, None),
     )
 
 
 class TokenBatches:
     """The planned batches of a run, where it has any: a `Part` of its checkpoints, and what a batch's mean weighs.
 
-    plan: makes the plan, once it is needed.
+    plan: makes the plan, once it is needed; None where the run has none.
     """
 
-    def __init__(self, args: DPOConfig, accelerator: Accelerator, plan: Callable[[], BatchPlan]) -> None:
-        self.args, self.accelerator, self._make = args, accelerator, plan
+    def __init__(self, accelerator: Accelerator, plan: Callable[[], BatchPlan | None]) -> None:
+        self.accelerator, self._make = accelerator, plan
         self._plan: BatchPlan | None = None
-        # of one update: this process's batches, and the pairs of all processes in theirs
-        self._batches, self._pairs = 1, cast("int | Tensor", 0)
+        # of one update, over all processes
+        self._pairs: int | Tensor = 0
 
     def plan(self) -> BatchPlan | None:
-        if self._plan is None and self.args.max_tokens_per_batch is not None:
+        if self._plan is None:
             self._plan = self._make()
         return self._plan
 
+    @property
+    def planned(self) -> bool:
+        """Whether batches differ in size, and so weigh differently."""
+        return self._plan is not None
+
     def begin_update(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """This process's batches of the next update."""
-        if self._plan is None:
+        if not self.planned:
             return
-        pairs, self._batches = sum(len(batch["lengths"]) // 2 for batch in batches), len(batches)
-        if self.args.world_size > 1:
-            mine = torch.tensor([pairs], device=self.args.device)
+        self._pairs = sum(len(batch["lengths"]) // 2 for batch in batches)
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([self._pairs], device=self.accelerator.device)
             self._pairs = cast(Tensor, self.accelerator.gather(mine)).sum()
-        else:
-            self._pairs = pairs
 
-    def weight(self, pairs: int) -> float | Tensor:
+    def weight(self, pairs: int, batches: int) -> float | Tensor:
         """What makes a batch's mean over `pairs` its part of the mean over all pairs of an update.
 
-        Trainer divides by the number of batches, and gradients are averaged over processes. 1 where every batch holds
-        as many pairs (`per_device_train_batch_size`), as Trainer has it.
+        Trainer divides by the number of this process's `batches` in it, and gradients are averaged over processes.
         """
-        return 1.0 if self._plan is None else pairs * self._batches * self.args.world_size / self._pairs
+        return pairs * batches * self.accelerator.num_processes / self._pairs
 
     def state_dict(self) -> dict[str, Any]:
         plan = self.plan()

@@ -35,27 +35,22 @@ _NOT_COMPARED = {
 class RunFacts:
     """The facts of this run, as a `Part` of its checkpoints.
 
-    model: the policy, not wrapped. datasets: of training and of evaluation, as Trainer takes them. reference: what it
-    is, for a program (`Reference.origin`).
+    model: the policy, not wrapped. reference: what it is, for a program (`Reference.origin`).
     """
 
-    def __init__(
-        self, args: DPOConfig, model: Any, train_dataset: Any, eval_dataset: Any, reference: Mapping[str, Any]
-    ) -> None:
-        self.args, self.model, self.reference = args, model, reference
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self._at_start: dict[str, Any] | None = None
+    def __init__(self, model: Any, reference: Mapping[str, Any]) -> None:
+        self.model, self.reference = model, reference
+
+    def begin(self, args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        """Training begins: with these, as Trainer takes them, and as they are before Trainer changes the arguments."""
+        self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
+        self._at_start = facts_at_start(args.to_dict(), self.model)
         self._facts: dict[str, Any] | None = None
 
-    def begin(self) -> None:
-        """Training begins: from now on Trainer may change what it was given."""
-        self._facts, self._at_start = None, facts_at_start(self.args.to_dict(), self.model)
-
     def facts(self) -> dict[str, Any]:
-        if self._facts is None:
-            started = self._at_start or facts_at_start(self.args.to_dict(), self.model)
+        if self._facts is None:  # hashes of all rows, so not before a checkpoint is written or read
             self._facts = run_facts(
-                started, self.args.world_size, self.model, self.train_dataset, self.eval_dataset, self.reference
+                self._at_start, self.args.world_size, self.model, self.train_dataset, self.eval_dataset, self.reference
             )
         return self._facts
 

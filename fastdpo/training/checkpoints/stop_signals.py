@@ -1,6 +1,7 @@
 """SIGTERM and SIGHUP, by which a cluster or a closing terminal ends a run: first a checkpoint, then the end."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -29,13 +31,30 @@ class EvaluationLeft(Exception):
     """Left an evaluation in the middle, since the process was asked to end."""
 
 
-def left_to_the_trainer(init: Callable[[int], None] | None, worker: int) -> None:
-    """A data loader's `worker_init_fn`: a signal to the whole group is for the trainer, which needs it to the end."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if init is not None:
-        init(worker)
+class LeftToTheTrainer:
+    """A data loader's `worker_init_fn`: a signal to the whole group is for the trainer, which needs its workers.
+
+    Where it does not train, they end as workers do: Python ends those that are left at its exit by SIGTERM, and waits.
+
+    init: the loader's own. training: whether the trainer trains, in shared memory.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None, training: Any) -> None:
+        self.init, self.training = init, training
+
+    def __call__(self, worker: int) -> None:
+        for number in _numbers():
+            signal.signal(number, self._receive)
+        if self.init is not None:
+            self.init(worker)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if not self.training.value:
+            os._exit(0)  # as torch's own handler in workers
+
+
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopSignals(TrainerCallback):
@@ -49,6 +68,14 @@ class StopSignals(TrainerCallback):
     def __init__(self) -> None:
         self.received: str | None = None
         self.stopping = False
+        # without a lock, which a handler could find taken
+        self._training = multiprocessing.RawValue("b", 0)
+
+    def spare(self, loader: DataLoader) -> DataLoader:
+        """The loader, whose workers leave signals to the trainer while it trains."""
+        if not isinstance(loader.worker_init_fn, LeftToTheTrainer):  # else Trainer kept the loader of persistent ones
+            loader.worker_init_fn = LeftToTheTrainer(loader.worker_init_fn, self._training)
+        return loader
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -59,13 +86,14 @@ class StopSignals(TrainerCallback):
         self.received, self.stopping = None, False
         # Python sets handlers in its main thread only
         main = threading.current_thread() is threading.main_thread()
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
-        mine = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+        mine = [number for number in _numbers() if main and signal.getsignal(number) is signal.SIG_DFL]
         for number in mine:
             signal.signal(number, self._receive)
+        self._training.value = 1
         try:
             yield
         finally:
+            self._training.value = 0
             for number in mine:
                 signal.signal(number, signal.SIG_DFL)
             self.received = None

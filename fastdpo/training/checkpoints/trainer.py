@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from fastdpo.training.checkpoints.content_hashes import changed_file, hash_check
 from fastdpo.training.checkpoints.disk_space import RoomCheck
 from fastdpo.training.checkpoints.parts import FilePart, Part
 from fastdpo.training.checkpoints.step_watch import NotFiniteError, StepWatch
-from fastdpo.training.checkpoints.stop_signals import EvaluationLeft, Preempted, StopSignals, left_to_the_trainer
+from fastdpo.training.checkpoints.stop_signals import EvaluationLeft, Preempted, StopSignals
 from fastdpo.training.checkpoints.weights import load_adapters, load_whole_model
 from fastdpo.wording import first_line
 
@@ -170,16 +169,11 @@ class CrashSafeTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer.get_train_dataloader`; its workers leave SIGTERM and SIGHUP to the trainer."""
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(left_to_the_trainer, loader.worker_init_fn)
-        return loader
+        return self._signals.spare(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The same for `Trainer.get_eval_dataloader`."""
-        loader = super().get_eval_dataloader(eval_dataset)
-        if getattr(loader.worker_init_fn, "func", None) is not left_to_the_trainer:  # persistent workers' is kept
-            loader.worker_init_fn = partial(left_to_the_trainer, loader.worker_init_fn)
-        return loader
+        return self._signals.spare(super().get_eval_dataloader(eval_dataset))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
@@ -357,13 +351,15 @@ class _LossGoesOn(TrainerCallback):
     def __init__(self, trainer: CrashSafeTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        trainer, state = self.trainer, self.trainer._resumed
-        if state is not None:
-            trainer._tr_loss += state["loss_since_log"]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, resumed = self.trainer, self.trainer._resumed
+        if resumed is not None and state.global_step < state.max_steps:  # else no step comes that could log it
+            trainer._tr_loss += resumed["loss_since_log"]
             # what this call reports as train_loss is of its own steps
-            trainer._total_loss_scalar -= state["loss_since_log"]
-            trainer._globalstep_last_logged = state["last_logged_step"]
+            trainer._total_loss_scalar -= resumed["loss_since_log"]
+            trainer._globalstep_last_logged = resumed["last_logged_step"]
 
 
 class _BestIsHere(TrainerCallback):

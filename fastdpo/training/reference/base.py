@@ -47,6 +47,9 @@ class Reference(ABC):
         """The configuration beside these tensors: of the model, and of an adapter."""
         raise NotImplementedError
 
+    def policy_moves(self) -> None:  # noqa: B027 most need not know
+        """Training begins: before other weights are loaded into the policy, and before its first step."""
+
     def callbacks(self, policy: nn.Module) -> list[TrainerCallback]:
         """What it does while the policy is trained."""
         return []

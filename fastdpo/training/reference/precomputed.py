@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import REFERENCE_COLUMNS
@@ -53,19 +53,9 @@ class PrecomputedReference(Reference):
             logger.warning(f"batches without precomputed log-probs: the reference is run ({self.source.description}).")
         return self.source(policy, inputs)
 
-    def callbacks(self, policy: nn.Module) -> list[TrainerCallback]:
-        return [_PolicyMoves(self)]
-
-
-class _PolicyMoves(TrainerCallback):
-    """From the first step on the policy is not the starting policy any more."""
-
-    def __init__(self, reference: PrecomputedReference) -> None:
-        self.reference = reference
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.reference.source, StartingPolicy):
-            self.reference.source = None
+    def policy_moves(self) -> None:
+        if isinstance(self.source, StartingPolicy):
+            self.source = None
 
 
 def stored_logps(batch: Mapping[str, Tensor]) -> SequenceLogps | None:
@@ -197,8 +187,8 @@ def precompute_for(trainer: Any, reference: Reference, policy: nn.Module) -> Pre
 def sums_of_rows(trainer: Any, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
     """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-    trainer.memory.at("precomputing", inputs)
-    with trainer.memory.explained(), trainer.forward.installed(), trainer.accelerator.autocast():
+    trainer._memory.at("precomputing", inputs, trainer.data_collator)
+    with trainer._memory.explained(), trainer._logprob_forward.installed(), trainer.accelerator.autocast():
         tokens = cast(Tensor, reference(trainer.model, model_call(inputs)))
     offsets = inputs["offsets"].to(tokens.device)
     return SequenceLogps.of(tokens, offsets), offsets.diff()

@@ -35,7 +35,7 @@ def answers_of(trainer: Any, files: PatientFiles, sharded: bool) -> "list[Evalua
         why = "FSDP and DeepSpeed split the weights" if sharded else "there is no whole eval_dataset"
         logger.warning(f"generate_during_eval is not used: {why}.")
         return []
-    return [EvaluationAnswers(trainer.model, trainer.tokenizer, dataset, trainer.reference, files)]
+    return [EvaluationAnswers(trainer.model, trainer.tokenizer, dataset, trainer._reference, files)]
 
 
 class EvaluationAnswers(TrainerCallback):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fastdpo.config.dpo_config import DPOConfig
 
@@ -81,30 +80,32 @@ def _explain(error: Exception, sentence: Callable[[Exception], str]) -> None:
         error.args = ("\n".join([*map(str, error.args), text]),)
 
 
-class MemoryWatch(TrainerCallback):
+class MemoryWatch:
     """Knows which batch is at work, and says it where memory runs out.
 
-    layout: gives the name of the batches' layout. adapter: gives whether only an adapter is trained.
+    adapter: whether only an adapter is trained.
     """
 
-    def __init__(self, args: DPOConfig, layout: Callable[[], str], adapter: Callable[[], bool]) -> None:
-        self.args, self.layout, self.adapter = args, layout, adapter
+    def __init__(self, args: DPOConfig, adapter: bool) -> None:
+        self.args, self.adapter = args, adapter
         self._work = "start"
         self._batch: Mapping[str, Any] = {}
 
-    def at(self, work: str, batch: Mapping[str, Any]) -> None:
-        """`work` ("training", "evaluation" or "precomputing") on a batch begins. Neither copies nor waits."""
+    def at(self, work: str, batch: Mapping[str, Any], collator: Any) -> None:
+        """`work` ("training", "evaluation" or "precomputing") on a batch begins. Neither copies nor waits.
+
+        collator: made the batch.
+        """
+        self._layout = getattr(collator, "layout", "padded")
         self._work, self._batch = work, {name: batch[name] for name in _SHAPES if name in batch}
 
     def at_rest(self) -> None:
         """Between two steps: metrics, checkpoints."""
         self._work = "rest"
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def at_update(self) -> None:
+        """The gradients are there: clipping, the optimizer's step."""
         self._work = "update"
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.at_rest()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -121,7 +122,7 @@ class MemoryWatch(TrainerCallback):
     def sentence(self, error: BaseException) -> str:
         """What was computed when memory ran out, and what needs less."""
         where = _out_of_memory(error)
-        less = [] if self.adapter() else ["an adapter in place of all weights (peft_config, --use_peft)"]
+        less = [] if self.adapter else ["an adapter in place of all weights (peft_config, --use_peft)"]
         if self._work not in _BATCHES:
             less.append("optim='sgd'" if "adafactor" in str(self.args.optim) else "optim='adafactor'")
             return f"{where} {_ELSEWHERE[self._work]}: {' or '.join(less)} needs less"
@@ -137,7 +138,7 @@ class MemoryWatch(TrainerCallback):
         rows = " x ".join(f"{size:,}" for size in self._batch["input_ids"].shape)
         return (
             f"{pairs:,} pair{'' if pairs == 1 else 's'} ({2 * pairs:,} sequences, the longest of {longest:,} tokens; "
-            f"layout {self.layout()}: {rows} tokens)"
+            f"layout {self._layout}: {rows} tokens)"
         )
 
     def _pairs(self) -> int:

@@ -2,16 +2,17 @@
 
 import sys
 import time
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class Stopwatch:
-    """Seconds of training since the last reading."""
+    """Seconds of training since the last reading; what runs inside `paused` does not count."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -22,13 +23,20 @@ class Stopwatch:
         if self._since is None:
             self._since = time.perf_counter()
 
-    def pause(self) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits for the device first: steps that are queued belong to the time before."""
         if self._since is None:
+            yield
             return
         if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # steps that are queued belong to the time before
+            torch.accelerator.synchronize()
         self._seconds += time.perf_counter() - self._since
         self._since = None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
 
     def stop(self) -> None:
         self._seconds, self._since = 0.0, None
@@ -41,37 +49,13 @@ class Stopwatch:
         return seconds
 
 
-class Speed(TrainerCallback):
-    """Times the steps of a trainer, which calls `run` when it fetches batches; evaluations and saves do not count.
-
-    A pause waits for the device, so there is none in a step that only trains or logs.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.stopwatch = accelerator, Stopwatch()
-
-    def run(self) -> None:
-        self.stopwatch.run()
-
-    def read(self, tokens: int) -> dict[str, float]:
-        """For the log: `tokens` (of all processes) per second since the last reading, and the largest peak memory of a
-        process in GB."""
-        seconds, device = self.stopwatch.lap(), self.accelerator.device
-        peak = torch.tensor([peak_memory_gb(device)], dtype=torch.float32, device=device)
-        memory = {"peak_memory_gb": round(cast(Tensor, self.accelerator.gather(peak)).max().item(), 4)}
-        return {"tokens_per_second": round(tokens / seconds, 2), **memory} if seconds > 0 else memory
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.stopwatch.stop()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_evaluate or control.should_save:
-            self.stopwatch.pause()
-
-    on_epoch_end = on_step_end
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.stopwatch.stop()
+def speed_metrics(seconds: float, tokens: int, accelerator: Accelerator) -> dict[str, float]:
+    """For the log: `tokens` (of all processes) per second, and the largest peak memory of a process in GB since the
+    last call."""
+    device = accelerator.device
+    peak = torch.tensor([peak_memory_gb(device)], dtype=torch.float32, device=device)
+    memory = {"peak_memory_gb": round(cast(Tensor, accelerator.gather(peak)).max().item(), 4)}
+    return {"tokens_per_second": round(tokens / seconds, 2), **memory} if seconds > 0 else memory
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data.collate import DataCollatorForPreference
-from fastdpo.training.batches.plan import BatchPlan, PlannedBatches, by_length, shuffled, tokens_of_pairs
+from fastdpo.training.batches.plan import BatchPlan, PlannedBatches, TokenBatches, by_length, shuffled, tokens_of_pairs
 
 TOKENS = torch.randint(3, 40, (57,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -120,11 +120,35 @@ def test_an_update_is_the_mean_over_its_pairs(tmp_path: Path, layout: str) -> No
     found, parts_loss, trainer = gradients(
         max_tokens_per_batch=70, gradient_accumulation_steps=30, batch_layout=layout, per_device_train_batch_size=14
     )
-    sizes = {len(batch) for batch in trainer.batches.plan().batches(0)}
+    sizes = {len(batch) for batch in trainer._batches.plan().batches(0)}
     assert len(sizes) > 1, "batches of one size would hide a wrong weight"
     assert parts_loss == pytest.approx(loss, rel=1e-9)
     for name, gradient in whole.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("float64_stays")
+def test_weights_count_the_batches_that_trainer_divides_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left where a subclass leaves some out."""
+    weights: list[float] = []
+    weigh = TokenBatches.weight
+
+    def watched(self: TokenBatches, pairs: int, batches: int) -> Any:
+        weights.append(weigh(self, pairs, batches))
+        return weights[-1]
+
+    class LeavesOut(DPOTrainer):
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            samples, items = super().get_batch_samples(*args, **kwargs)
+            return samples[:-1], items
+
+    monkeypatch.setattr(TokenBatches, "weight", watched)
+    trainer = make(tmp_path, max_steps=1, max_tokens_per_batch=70, gradient_accumulation_steps=3)
+    trainer.__class__ = LeavesOut
+    trainer.train()
+    sizes = [len(batch) for batch in trainer._batches.plan().batches(0)[:3]]
+    # the step comes after a third batch, of the next update
+    assert weights[:2] == [2 * size / sum(sizes) for size in sizes[:2]]
 
 
 class Killed(Exception):
@@ -155,12 +179,12 @@ def test_a_run_killed_inside_an_epoch_sees_every_pair_once(
     whole = make(tmp_path / "whole", **options)
     whole.train()
     undisturbed, seen[:] = list(seen), []
-    batches = whole.batches.plan().length
+    batches = whole._batches.plan().length
     killed_at = batches + batches // 2
     with pytest.raises(Killed):
         make(tmp_path / "run", [KillAt()], **options).train()
     # the step that was killed has no checkpoint, and is trained again
-    again = len(whole.batches.plan().batches(1)[killed_at - batches - 1])
+    again = len(whole._batches.plan().batches(1)[killed_at - batches - 1])
     before = seen[:-again]
     seen[:] = []
     resumed = make(tmp_path / "run", **options)
@@ -187,7 +211,7 @@ def test_a_checkpoint_of_other_batches_is_refused(tmp_path: Path) -> None:
 def test_grouping_by_its_older_name(tmp_path: Path) -> None:
     run = make(tmp_path, max_tokens_per_batch=60)
     run.args.group_by_length = True  # pyright: ignore[reportAttributeAccessIssue] a field of transformers 5.0
-    plan = run.batches.plan()
+    plan = run._batches.plan()
     assert plan is not None
     assert plan.order(0) == by_length(plan.tokens, run.args.seed, 4)(0)
     assert plan.order(0) != shuffled(14, run.args.seed)(0)

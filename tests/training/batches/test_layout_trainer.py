@@ -73,7 +73,7 @@ def test_re_entrant_checkpointing_keeps_the_documents(tmp_path: Path, name: str)
     # GPT-2 passes its mask on by position, so that checkpointing detaches it
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     run = trainer(tmp_path, model(name, **GPT2), **options)
-    assert run.forward.attention == DOCUMENTS
+    assert run._logprob_forward.attention == DOCUMENTS
     wanted = losses(trainer(tmp_path, model(name, **GPT2), batch_layout="padded", **options))
     assert losses(run) == pytest.approx(wanted, abs=1e-5)
 
@@ -83,7 +83,7 @@ def test_values_of_another_size_than_queries(tmp_path: Path, multiple: int | Non
     latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     latent |= {"num_key_value_heads": 2, "first_k_dense_replace": 2, "n_routed_experts": 4, "router_aux_loss_coef": 0.0}
     run = trainer(tmp_path, model("deepseek_v3", **latent), pad_to_multiple_of=multiple)
-    assert run.forward.attention == DOCUMENTS
+    assert run._logprob_forward.attention == DOCUMENTS
     wanted = losses(trainer(tmp_path, model("deepseek_v3", **latent), batch_layout="padded"))
     assert losses(run) == pytest.approx(wanted, abs=1e-5)
 

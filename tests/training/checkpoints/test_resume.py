@@ -148,6 +148,14 @@ def test_resume_without_a_checkpoint_starts_from_scratch(
     assert history(tmp_path / "new") == history(undisturbed[False])
 
 
+def test_a_run_that_has_no_step_left_logs_none(tmp_path: Path, undisturbed: dict[bool, Path]) -> None:
+    """The sum of steps 7 and 8 is in its checkpoint, for a run that goes on."""
+    shutil.copytree(undisturbed[False] / "checkpoint-8", tmp_path / "checkpoint-8")
+    trainer = make(tmp_path, max_steps=8)
+    trainer.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [3, 6]
+
+
 def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, undisturbed: dict[bool, Path]) -> None:
     shutil.copytree(undisturbed[False], tmp_path / "done")
     trainer = make(tmp_path / "done")

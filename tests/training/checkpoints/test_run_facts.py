@@ -1,5 +1,6 @@
 """A resumed run says what differs from the run of its checkpoint, and refuses other data unless asked by name."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ def test_other_rows_are_refused_unless_asked_by_name(
     assert said(caplog)[-1].endswith("differs from the checkpoint's: the rows are others.")
     # the same rows from elsewhere are the same
     started(data=id_pairs(), max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_data_and_arguments_that_were_replaced_before_training_are_those_that_count(
+    started: Any, id_pairs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = started(max_steps=2)
+    trainer.train_dataset = id_pairs(18, seed=3)
+    with pytest.raises(CheckpointError, match="trained on other rows"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = started(data=id_pairs(18, seed=3), max_steps=2)
+    trainer.train_dataset = id_pairs()
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.beta = 0.3
+    trainer.train(resume_from_checkpoint=True)
+    (line,) = said(caplog)
+    assert line.endswith("differs from the checkpoint's: beta was 0.1 and is 0.3.")
 
 
 def test_a_stream_has_no_fingerprint(started: Any, id_pairs: Any) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from fastdpo.cli import main
 from fastdpo.training.checkpoints.folders import checkpoints_by_step, incomplete_reason
 from fastdpo.training.checkpoints.stop_signals import Preempted
+from tiny_runs import ENVIRONMENT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="these are Unix signals")
 
@@ -119,6 +120,25 @@ def test_a_signal_to_the_whole_group_leaves_the_data_loaders(
     with pytest.raises(Preempted):
         trainer.train()
     assert [step for step, _ in checkpoints_by_step(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("planned", [{}, {"max_tokens_per_batch": 64}], ids=["pairs", "tokens"])
+def test_workers_that_are_left_end_with_the_process(tmp_path: Path, planned: dict[str, Any]) -> None:
+    """Persistent workers live on after training; Python ends them by SIGTERM at its exit, and waits for them."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import psutil\n"
+        "import tiny_runs\n"
+        f"options = {planned!r}\n"
+        f"trainer = tiny_runs.make(Path({str(tmp_path)!r}), dataloader_num_workers=2, "
+        "dataloader_persistent_workers=True, dataloader_pin_memory=False, **options)\n"
+        "kept = trainer.get_train_dataloader()\n"
+        "trainer.get_train_dataloader = lambda: kept\n"
+        "trainer.train()\n"
+        "assert len(psutil.Process().children()) == 2\n"
+    )
+    subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("options", [{"save_only_model": True}, {"save_strategy": "no"}])

@@ -128,7 +128,7 @@ def test_adapter_folder_as_model(tmp_path: Path) -> None:
     args = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "disable_tqdm": True}
     config = DPOConfig(**args, model_adapter_name="again", max_steps=1, save_strategy="no")
     trainer = DPOTrainer(adapter, args=config, train_dataset=pairs())
-    assert isinstance(trainer.reference, StartWeights)
+    assert isinstance(trainer._reference, StartWeights)
     assert cast(PeftModel, trainer.model).active_adapters == ["again"]
     assert "the adapter 'again' as it was at the start" in trainer.reference_description
     assert trainer.reference_origin == {"kind": "start"}
@@ -150,7 +150,7 @@ def _saved_adapter(folder: Path) -> Path:
 
 def test_an_adapter_that_is_not_named_is_not_the_reference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make(tmp_path, two_adapters())
-    assert isinstance(trainer.reference, StartWeights)
+    assert isinstance(trainer._reference, StartWeights)
     assert any("other adapters, which are not used: reference; ref_adapter_name makes" in m for m in caplog.messages)
 
 

@@ -16,7 +16,7 @@ from datasets import IterableDataset
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
 from fastdpo.training.reference import logp_store
@@ -50,13 +50,13 @@ def test_precomputed_equals_online(tmp_path: Path, kind: str) -> None:
     make_policy, options, source = KINDS[kind]
     options = {**options, "precompute_ref_batch_size": 3, "ld_alpha": 0.4}
     stored = make(tmp_path / "stored", make_policy(), **options)
-    reference = stored.reference
+    reference = stored._reference
     assert isinstance(reference, PrecomputedReference)
     assert type(reference.source) is (source or type(None))
     online = make(tmp_path / "online", make_policy(), **{**options, "precompute_ref_log_probs": False})
     rows = [cast(dict, row) for row in pairs()]
     # another batch size, so another padding
-    sums, lengths = sums_of_rows(online, online.reference, rows)
+    sums, lengths = sums_of_rows(online, online._reference, rows)
     for name, wanted in zip(REFERENCE_COLUMNS, (*sums.total.chunk(2), *sums.tail.chunk(2)), strict=True):
         torch.testing.assert_close(columns(stored)[name], wanted, rtol=1e-6, atol=1e-6)
         assert (wanted != 0).any()
@@ -188,6 +188,21 @@ def test_evaluation_sets_of_any_shape(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_before_training_the_starting_policy_still_answers(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     assert trainer.evaluate(cast(Any, pairs(3)))["eval_loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_once_training_begins_the_policy_is_not_asked_for_the_start(tmp_path: Path) -> None:
+    """Also where it ends before the first step: a checkpoint's weights may be in it by then."""
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("before the first step")
+
+    trainer = make(tmp_path)
+    trainer.callback_handler.callbacks.insert(0, Stop())
+    with pytest.raises(RuntimeError, match="before the first step"):
+        trainer.train()
+    with pytest.raises(ValueError, match="a batch has no precomputed reference log-probs"):
+        trainer.evaluate(cast(Any, pairs(3)))
 
 
 def test_resumed_run_logs_the_same(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_reference_is_what_it_claims_to_be_and_stays(tmp_path: Path, kind: str) 
     policy = make_policy()
     wanted = make_wanted(policy)
     trainer = make(tmp_path, policy, **options)
-    assert type(trainer.reference) is cls
+    assert type(trainer._reference) is cls
     batch = batch_of(trainer)
     truth = by_definition(wanted, batch)
     torch.testing.assert_close(reference_logps(trainer, batch), truth, rtol=1e-5, atol=1e-5)

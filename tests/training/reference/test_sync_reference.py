@@ -74,7 +74,7 @@ def test_frozen_copy_follows_trl_s_formula(tmp_path: Path) -> None:
                 callbacks.SyncRefModelCallback._sync_target_model(kwargs["model"], theirs, 0.6)
 
     trainer = make(tmp_path, policy, callbacks=[Trl()])
-    reference = trainer.reference
+    reference = trainer._reference
     assert isinstance(reference, SyncedModel)
     assert trainer.reference_description == (
         "a copy of the starting policy, mixed with the policy every 2 steps (alpha 0.6)"
@@ -103,7 +103,7 @@ def test_lora_reference_equals_the_dense_rule(tmp_path: Path, kind: str, alpha: 
     policy = get_peft_model(model(), lora()) if kind == "fresh" else adapted(**PATTERNS[kind])
     dense = Dense(merged(policy), 2, alpha)
     trainer = make(tmp_path, policy, callbacks=[dense], ref_model_mixup_alpha=alpha)
-    reference = trainer.reference
+    reference = trainer._reference
     assert isinstance(reference, SyncedAdapter)
     batch = batch_of(trainer)
     start = reference_logps(trainer, batch)
@@ -163,7 +163,7 @@ def test_recompression_keeps_the_best_and_measures_the_rest(
     trainer = make(tmp_path, policy, callbacks=[dense], ref_model_mixup_alpha=0.3, ref_model_sync_steps=1)
     with caplog.at_level(logging.INFO, logger="fastdpo"):
         trainer.train()
-    reference = cast(SyncedAdapter, trainer.reference)
+    reference = cast(SyncedAdapter, trainer._reference)
     assert {len(reference.start[a_name]) for a_name, _ in reference.layers} == {6}
     said = [line for line in caplog.messages if "mixed with the policy after step" in line]
     assert len(said) == 6
@@ -271,7 +271,7 @@ def test_what_cannot_be_mixed_is_answered_in_one_sentence(tmp_path: Path, caplog
     assert any("sync_ref_model is not used: the loss reads no reference" in line for line in caplog.messages)
     # a reference of the same shape is moved
     trainer = make(tmp_path, model(), ref_model=model(initializer_range=0.3))
-    assert isinstance(trainer.reference, SyncedModel)
+    assert isinstance(trainer._reference, SyncedModel)
 
 
 TWO = """

@@ -99,7 +99,7 @@ def test_logs_have_lengths_quantiles_speed_and_memory(tmp_path: Path) -> None:
             tables.append(table)
             super().add(table)
 
-    trainer.metrics.training, trainer.metrics.evaluation = Keep(), Keep()
+    trainer._metrics.training, trainer._metrics.evaluation = Keep(), Keep()
     trainer.train()
     line = next(log for log in trainer.state.log_history if "loss" in log)
     margins = torch.cat(tables)[:, COLUMNS.index("rewards/margins")].numpy()
@@ -149,13 +149,32 @@ def test_evaluations_and_checkpoints_are_no_part_of_the_speed(tmp_path: Path, mo
     assert [line["tokens_per_second"] for line in lines] == [count / 2 for count in tokens]
 
 
+def test_a_checkpoint_that_a_later_callback_asks_for_is_no_part_of_the_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = True
+
+    trainer = make(tmp_path, save_strategy="no", logging_steps=1)
+    clock = Clock()
+    monkeypatch.setattr(speed, "time", clock)
+    for callback in (clock, Asks()):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert clock.now > 2000
+    lines = [log for log in trainer.state.log_history if "loss" in log]
+    tokens = np.diff([0, *(line["num_tokens"] for line in lines)])
+    assert [line["tokens_per_second"] for line in lines] == tokens.tolist()
+
+
 def test_a_resumed_run_counts_its_own_tokens_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window began before the checkpoint: its means have all of it, its speed the part that this process ran."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     whole = make(tmp_path / "whole", **options)
     whole.train()
     resumed = make(tmp_path / "whole", **options)
-    monkeypatch.setattr(resumed.speed.stopwatch, "lap", lambda: 2.0)
+    monkeypatch.setattr(resumed._stopwatch, "lap", lambda: 2.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     first, again = (next(log for log in t.state.log_history if "loss" in log) for t in (whole, resumed))
     for log in (first, again):
@@ -302,9 +321,8 @@ def test_the_stopwatch_runs_only_between_start_and_stop() -> None:
     assert watch.lap() == 0.0
     watch.run()
     time.sleep(0.02)
-    watch.pause()
-    watch.pause()
-    time.sleep(0.1)
+    with watch.paused(), watch.paused():
+        time.sleep(0.1)
     assert 0.02 <= watch.lap() < 0.1
     assert watch.lap() < 0.02
     watch.stop()

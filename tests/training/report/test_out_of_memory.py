@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from fastdpo.cli import main
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.demo import demo_paths
 from fastdpo.training import trainer as trainer_module
-from fastdpo.training.batches.plan import TokenBatches
 from fastdpo.training.reference import precomputed
+from fastdpo.training.report import metrics
 from fastdpo.training.report.out_of_memory import MemoryWatch, _halved, is_out_of_memory
 from fastdpo.training.trainer import DPOTrainer
 
@@ -96,9 +97,9 @@ def test_the_training_batch_is_described_and_the_error_stays(
 
 def fixes(work: str, adapter: bool = False, pairs: int = 4, **options: Any) -> str:
     args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, **options)
-    watch = MemoryWatch(args, lambda: "packed", lambda: adapter)
+    watch = MemoryWatch(args, adapter)
     batch = {"input_ids": torch.zeros(1, 90), "offsets": torch.zeros(2 * pairs + 1), "lengths": torch.tensor([40, 50])}
-    watch.at(work, batch)
+    watch.at(work, batch, SimpleNamespace(layout="packed"))
     return watch.sentence(MemoryError()).partition("tokens): ")[2]
 
 
@@ -159,6 +160,11 @@ def test_evaluation_update_and_checkpoint_are_told_apart(
     says(trainer, rf"^out of memory in the optimizer's step: {re.escape(INSTEAD)} or optim='adafactor' needs less$")
     monkeypatch.undo()
 
+    trainer = run(max_steps=1)
+    trainer.create_optimizer()
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", fail(MemoryError()))
+    says(trainer, "^out of memory in the optimizer's step: ")
+
     trainer = run(lora=True, max_steps=1, save_strategy="steps")
     monkeypatch.setattr(trainer, "_save_checkpoint", fail(MemoryError()))
     says(trainer, r"^out of memory between two steps: optim='adafactor' needs less$")
@@ -206,9 +212,8 @@ def test_the_command_says_the_sentence_alone(
 ) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Two and two?", "chosen": "4", "rejected": "5"}) + "\n")
-    monkeypatch.setattr(
-        TokenBatches, "weight", fail(torch.OutOfMemoryError(CUDA))
-    )  # within the loss of the first batch
+    # within the loss of the first batch
+    monkeypatch.setattr(metrics, "batch_table", fail(torch.OutOfMemoryError(CUDA)))
     given = [
         "train",
         "-m",
