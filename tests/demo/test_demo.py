@@ -306,7 +306,7 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer):
 # DPO on it, and the script
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_dpo_moves_held_out_pairs_to_the_polite_answer(tmp_path, tokenizer, adapter):
     paths = demo_paths()
     arguments = {**DEMO_ARGUMENTS, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
