@@ -121,8 +121,9 @@ def test_a_model_card_of_hostile_names(make_trainer: Any, tmp_path: Path) -> Non
 
 
 def test_the_command_shows_a_row_that_would_steer_the_terminal(
-    train_command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    train_command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where the picture is written
     rows = [{"prompt": "w1 \x1b[2J", "chosen": " w2", "rejected": " \u202ew3"} for _ in range(4)]
     pairs = tmp_path / "a\x1b]0;owned\x07.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
