@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.errors import DataError
 from fastdpo.data.limits import flat_lists
-from fastdpo.data.messages import for_template, from_json
+from fastdpo.data.rows.messages import for_template, from_json
 from fastdpo.data.tokenize_row import ID_COLUMNS
 from fastdpo.json_text import read_json
 from fastdpo.wording import first_line

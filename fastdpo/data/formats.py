@@ -11,9 +11,9 @@ from datasets import Dataset, IterableDataset
 
 from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_columns
 from fastdpo.data.errors import DataError, RowError
-from fastdpo.data.llama_factory import Columns
-from fastdpo.data.messages import parse_template_options, to_json
-from fastdpo.data.preference import SIDES, Preference, preference_from_row
+from fastdpo.data.rows.llama_factory import Columns
+from fastdpo.data.rows.messages import parse_template_options, to_json
+from fastdpo.data.rows.preference import SIDES, Preference, preference_from_row
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 from fastdpo.wording import count
 

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from fastdpo.data.errors import DataError
 from fastdpo.data.files import FILE_TYPES, PlacedRow, read_file
-from fastdpo.data.llama_factory import Columns, DatasetEntry, parse_entry, read_entries
+from fastdpo.data.rows.llama_factory import Columns, DatasetEntry, parse_entry, read_entries
 from fastdpo.wording import did_you_mean, first_line
 
 

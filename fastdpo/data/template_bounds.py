@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.errors import DataError
-from fastdpo.data.messages import Message
+from fastdpo.data.rows.messages import Message
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from fastdpo.data.collate import check_truncation
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import warn_unused
 from fastdpo.data.limits import Limits, apply_limits, keep_row, measure, none_left
-from fastdpo.data.messages import for_template
+from fastdpo.data.rows.messages import for_template
 from fastdpo.data.template_bounds import check_template
 from fastdpo.data.tokenize_report import TokenizeReport
 from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS, SCORED_TURNS, template_options, tokenize_row

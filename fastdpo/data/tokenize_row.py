@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.data.messages import Message, for_template, from_json
+from fastdpo.data.rows.messages import Message, for_template, from_json
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # 1 for a scored token, 0 for context; absent: 0 in the prompt, 1 in the completions

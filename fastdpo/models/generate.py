@@ -6,7 +6,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastdpo.data.messages import Message, for_template
+from fastdpo.data.rows.messages import Message, for_template
 from fastdpo.data.template_bounds import check_template
 from fastdpo.data.tokenize_row import template_ids
 from fastdpo.models.forward import unwrap_peft

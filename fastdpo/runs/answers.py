@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.errors import RowError
-from fastdpo.data.messages import clean_messages
+from fastdpo.data.rows.messages import clean_messages
 from fastdpo.json_text import parse_json
 from fastdpo.models.adapters import adapter_off
 from fastdpo.models.forward import LogprobForward

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.data.errors import RowError
-from fastdpo.data.llama_factory import Columns, detect_columns, messages_from_row
-from fastdpo.data.messages import Message, check_text, clean_messages, parse_tools
+from fastdpo.data.rows.llama_factory import Columns, detect_columns, messages_from_row
+from fastdpo.data.rows.messages import Message, check_text, clean_messages, parse_tools
 
 SIDES = ("chosen", "rejected")
 # columns that hold what the model is asked; a row of texts that has one and no `prompt` would lose it

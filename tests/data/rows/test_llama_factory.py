@@ -8,7 +8,7 @@ import pytest
 
 from fastdpo.data.errors import RowError
 from fastdpo.data.formats import DataError, Preference, load_preferences, preference_from_row
-from fastdpo.data.llama_factory import Columns
+from fastdpo.data.rows.llama_factory import Columns
 
 ALPACA = {"instruction": "Add", "input": "1 and 2", "chosen": "3", "rejected": "4"}
 SHAREGPT: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.errors import DataError, RowError
-from fastdpo.data.messages import Message, check_text, parse_tools
+from fastdpo.data.rows.messages import Message, check_text, parse_tools
 from fastdpo.wording import why_not_json
 
 _SHAREGPT_TAGS = {

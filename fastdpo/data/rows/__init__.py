@@ -1,0 +1,1 @@
+"""What a row may look like: each form that people bring becomes one `Preference`."""
