@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from fastdpo.training.checkpoints.stop_signals import Preempted
 from tiny_runs import ENVIRONMENT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="these are Unix signals")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_python_starts_with() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, and would stay so."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class Signal(TrainerCallback):
