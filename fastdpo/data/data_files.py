@@ -5,11 +5,11 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from fastdpo.data.errors import DataError, RowError
-from fastdpo.data.files import PlacedRow, read_file
-from fastdpo.data.sources import Source, from_hub, open_source
+from fastdpo.data.files import COMPRESSED, PlacedRow, file_type, read_file
+from fastdpo.data.sources import Source, dataset_rows, from_hub, open_source
 
 DataFiles = str | list[str] | dict[str, str | list[str]]
-BUILDERS = {"json": (".json", ".jsonl"), "csv": (".csv",), "parquet": (".parquet",)}
+BUILDERS = {"json": (".json", ".jsonl", ".ndjson"), "csv": (".csv",), "parquet": (".parquet",)}
 
 
 def open_data_files(
@@ -26,7 +26,7 @@ def open_data_files(
     if not typed and not folder.is_dir():
         name = f"{path}/{data_dir}" if data_dir else path
         dataset = from_hub(path, config, split, data_dir=data_dir, data_files=data_files)
-        return Source(name, ((f"{name}[{index}]", row) for index, row in enumerate(dataset)))
+        return Source(name, dataset_rows(dataset, name))
     base = Path() if typed else folder
     if data_dir is not None:
         base = base / Path(data_dir).expanduser()
@@ -37,7 +37,7 @@ def open_data_files(
             return open_source(str(base), split=split, config=config, dataset_dir=None)
         if data_dir is None:
             raise DataError(f"`path: {path}` reads files of that type: give their names as data_files, or a data_dir.")
-        data_files = [f"*{suffix}" for suffix in BUILDERS[path]]
+        data_files = [f"*{suffix}{packed}" for suffix in BUILDERS[path] for packed in ("", *COMPRESSED)]
     if isinstance(data_files, Mapping):
         if split not in data_files:
             raise DataError(f"{path}: data_files has no split {split!r}; it has {', '.join(data_files)}.")
@@ -60,7 +60,7 @@ def _expand(base: Path, name: str) -> list[Path]:
 
 def _read(files: list[Path], split: str, suffixes: tuple[str, ...] | None) -> Iterator[PlacedRow]:
     for file in files:
-        if suffixes is not None and file.suffix.lower() not in suffixes:
+        if suffixes is not None and file_type(file) not in suffixes:
             raise DataError(f"{file} is not of the type that `path` names; wanted {' or '.join(suffixes)}.")
         yield from read_file(file, split)
 

@@ -1,11 +1,15 @@
-"""Rows of a json, jsonl, csv or parquet file, each with the line that it is on."""
+"""Rows of a json, jsonl, csv or parquet file, compressed or not, each with the line that it is on."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -14,7 +18,9 @@ from fastdpo.wording import in_bytes, why_not_json
 
 # a text file is in memory as bytes, as text and as rows
 COPIES = 3
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_CHUNK = 1 << 24
 # one row with its place ("pairs.jsonl:4"); a row that could not be read is the reason why
 PlacedRow = tuple[str, Any]
 
@@ -23,11 +29,22 @@ def read_file(path: Path, split: str = "train") -> Iterator[PlacedRow]:
     """Rows of one json, jsonl, csv or parquet file, with line numbers (parquet: row numbers, from 1)."""
     if split != "train":
         raise DataError(f"{path} is one file and has only the split train; asked for {split!r}.")
-    readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown file type {path.suffix!r}; wanted {', '.join(FILE_TYPES)}.")
-    return reader(path)
+    kind = file_type(path)
+    if kind is None:
+        raise DataError(
+            f"{path}: unknown file type {''.join(path.suffixes[-2:])!r}; wanted {', '.join(FILE_TYPES)}, or one of the "
+            f"first four in {', '.join(COMPRESSED)}."
+        )
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    return readers.get(kind, _read_json)(path)
+
+
+def file_type(path: Path) -> str | None:
+    """The one of `FILE_TYPES` that a file's name says, under a suffix of `COMPRESSED` too; None for others."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    compressed = len(suffixes) == 2 and suffixes[1] in COMPRESSED
+    kind = suffixes[0] if compressed else (suffixes[-1:] or [""])[0]
+    return kind if kind in FILE_TYPES and not (compressed and kind == ".parquet") else None
 
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
@@ -46,15 +63,37 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
 def _read_bytes(path: Path) -> bytes:
     try:
         # stat first: of a sparse file, or one on a larger machine's disk, nothing else would be said before the end
-        size, free = path.stat().st_size, psutil.virtual_memory().available
-        if COPIES * size > free:
-            raise DataError(
-                f"{path} has {in_bytes(size)}, and reading it takes {COPIES} times as much memory, of which "
-                f"{in_bytes(free)} are free; make several smaller files of it, or a parquet file."
-            )
-        return path.read_bytes()
+        _refuse_large(path, path.stat().st_size)
+        chunks, size = [], 0
+        with _opened(path) as file:
+            while chunk := file.read(_CHUNK):
+                size += len(chunk)
+                _refuse_large(path, size)
+                chunks.append(chunk)
+        return b"".join(chunks)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is cut or no {path.suffix} file: {error}.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _refuse_large(path: Path, size: int) -> None:
+    free = psutil.virtual_memory().available
+    if COPIES * size > free:
+        raise DataError(
+            f"{path} has {in_bytes(size)}, and reading it takes {COPIES} times as much memory, of which "
+            f"{in_bytes(free)} are free; make several smaller files of it, or a parquet file."
+        )
+
+
+def _opened(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa  # which has the codec on every system
+
+        return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)(path, "rb")
 
 
 def _is_one_object(data: bytes) -> bool:
@@ -147,24 +186,7 @@ def _read_csv(path: Path) -> Iterator[PlacedRow]:
 def _csv_row(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
         return RowError(f"{len(cells)} cells, but the header has {len(header)}")
-    try:
-        return {name: _csv_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
-    except RowError as error:
-        return error
-
-
-def _csv_cell(name: str, cell: str) -> Any:
-    """A csv has only text; messages are JSON text in a cell."""
-    if not cell.startswith(("[{", '{"from"', '{"role"')):
-        return cell
-    try:
-        return json.loads(cell)
-    except RecursionError as error:
-        raise RowError(f"`{name}` holds {why_not_json(error)}") from None
-    except ValueError:
-        if "'role'" in cell or "'from'" in cell:
-            raise RowError(f"`{name}` holds messages as Python text; wanted JSON text (or a jsonl file)") from None
-        return cell
+    return dict(zip(header, cells, strict=True))
 
 
 def _read_parquet(path: Path) -> Iterator[PlacedRow]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from fastdpo.data.data_files import DataFiles
@@ -178,11 +177,7 @@ def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
     columns = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
     rows = [{name: row.get(name) for name in columns} for part in parts for row in cast("Any", part)]
     present = [name for name in columns if any(row[name] is not None for row in rows)]
-    try:
-        return mark_normalized(Dataset.from_dict({name: [row[name] for row in rows] for name in present}), *parts)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        named = ", ".join(spec.label for spec in specs)
-        raise DataError(f"{named}: a key of the messages has several types: {error}.") from error
+    return mark_normalized(Dataset.from_dict({name: [row[name] for row in rows] for name in present}), *parts)
 
 
 def split_off(dataset: Dataset, size: float, seed: int = 42) -> tuple[Dataset, Dataset]:

@@ -22,15 +22,18 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from fastdpo.data.arrow_rows import arrow_rows
+
     try:
         _check_size(path)
         file = pq.ParquetFile(path)
         refuse_twice(str(path), file.schema_arrow.names)
+        as_written = arrow_rows(file.schema_arrow, decoded=False)
         number = 0
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}: row {number}", row
+                yield f"{path}: row {number}", as_written(row)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowMemoryError, OSError) as error:
         reason = first_line(error).split(". ")[0]
         raise DataError(f"{path} is not a readable parquet file: {reason}.") from None

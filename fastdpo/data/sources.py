@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from fastdpo.data.arrow_rows import arrow_rows
 from fastdpo.data.errors import DataError
-from fastdpo.data.files import FILE_TYPES, PlacedRow, read_file
+from fastdpo.data.files import FILE_TYPES, PlacedRow, file_type, read_file
 from fastdpo.data.rows.llama_factory import Columns, DatasetEntry, parse_entry, read_entries
 from fastdpo.wording import did_you_mean, first_line
 
@@ -40,14 +42,20 @@ def open_source(source: str, *, split: str, config: str | None, dataset_dir: str
         return Source(source, read_file(path, split), _sibling_columns(path))
     if path.is_dir():
         return _open_folder(path, split, config)
-    if path.suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~")):
+    if has_magic(source):
+        files = [Path(file) for file in sorted(glob(str(path), recursive=True)) if file_type(Path(file)) is not None]
+        if not files:
+            raise DataError(f"no data file ({', '.join(FILE_TYPES)}) matches {source}.")
+        return Source(source, (row for file in files for row in read_file(file, split)), _sibling_columns(files[0]))
+    if file_type(path) is not None or source.startswith((".", "/", "~")):
         raise DataError(f"{source} does not exist.")
     return Source(source, dataset_rows(from_hub(source, config, split), source))
 
 
-def dataset_rows(dataset: Iterable[Any], where: str) -> Iterator[PlacedRow]:
+def dataset_rows(dataset: Dataset, where: str) -> Iterator[PlacedRow]:
     """Rows of a `datasets` dataset; the place is the index that finds the row again, `where[3]`."""
-    return ((f"{where}[{index}]", row) for index, row in enumerate(dataset))
+    as_written = arrow_rows(dataset.features.arrow_schema, decoded=True)
+    return ((f"{where}[{index}]", as_written(row)) for index, row in enumerate(cast("Iterable[Any]", dataset)))
 
 
 def _sibling_columns(path: Path) -> Columns | None:
@@ -66,7 +74,7 @@ def _open_entry(entry: DatasetEntry, split: str, config: str | None) -> Source:
         dataset = from_hub(name, config or entry.subset, entry.split or split)
         return Source(name, dataset_rows(dataset, name), entry.columns, entry.num_samples)
     if entry.file.is_dir():
-        files = sorted(file for file in entry.file.iterdir() if file.suffix.lower() in FILE_TYPES)
+        files = sorted(file for file in entry.file.iterdir() if file_type(file) is not None)
         rows = (row for file in files for row in read_file(file, split))
         return Source(str(entry.file), rows, entry.columns, entry.num_samples)
     if not entry.file.is_file():
@@ -119,7 +127,7 @@ def _split_files(path: Path, split: str, config: str | None) -> list[Path] | Non
     if split not in splits:
         raise DataError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}.")
     files = [Path(file) for file in splits[split]]
-    return files if all(file.is_file() and file.suffix.lower() in FILE_TYPES for file in files) else None
+    return files if all(file.is_file() and file_type(file) is not None for file in files) else None
 
 
 def from_hub(name: str, config: str | None, split: str, **files: Any) -> Dataset:
@@ -146,7 +154,7 @@ def from_hub(name: str, config: str | None, split: str, **files: Any) -> Dataset
 
 def _not_loaded(name: str, error: BaseException) -> DataError:
     folder = Path(name)
-    if folder.is_dir() and not any(file.suffix.lower() in FILE_TYPES for file in folder.rglob("*")):
+    if folder.is_dir() and not any(file_type(file) is not None for file in folder.rglob("*")):
         held = f"no data files ({', '.join(FILE_TYPES)}), no saved dataset and no dataset_info.json"
         return DataError(f"{name} holds {held}.")
     return DataError(f"{name} could not be loaded ({first_line(error)}).")

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from fastdpo.data.formats import DataError, load_preferences, normalize_dataset
+from fastdpo.data.rows.messages import for_template
 
 USER = {"role": "user", "content": "Sky?"}
 
@@ -179,8 +180,8 @@ def test_calls_of_different_functions_share_a_column(tmp_path):
     dataset = load_preferences(
         write_lines(tmp_path / "a.jsonl", [{**CHAT, "chosen": [CALL]}, {**CHAT, "chosen": [other]}])
     )
-    arguments = [row[0]["tool_calls"][0]["function"]["arguments"] for row in dataset["chosen"]]
-    assert [json.loads(text) for text in arguments] == [{"at": 1}, {"at": "home", "by": [2]}]
+    arguments = [for_template(row)[0]["tool_calls"][0]["function"]["arguments"] for row in dataset["chosen"]]
+    assert arguments == [{"at": 1}, {"at": "home", "by": [2]}]
 
 
 def test_a_dataset_in_hand():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.errors import DataError, RowError
-from fastdpo.data.rows.messages import Message, check_text, parse_tools
+from fastdpo.data.rows.messages import Message, check_text, joined_parts, parse_tools, with_system
 from fastdpo.wording import why_not_json
 
 _SHAREGPT_TAGS = {
@@ -27,6 +27,12 @@ _OPENAI_TAGS = {
     "observation_tag": "tool",
     "function_tag": "function_call",
     "system_tag": "system",
+}
+# in rows of `from` and `value` by other tools' hands
+_OTHER_ROLES = {
+    **dict.fromkeys(("user", "User", "Human"), "user"),
+    **dict.fromkeys(("assistant", "chatgpt", "bing", "bard", "model", "bot", "GPT", "Assistant"), "assistant"),
+    **dict.fromkeys(("tool", "function_response"), "tool"),
 }
 _DEFAULT_COLUMNS = {
     "prompt": "instruction",
@@ -93,15 +99,16 @@ def detect_columns(row: Mapping[str, Any]) -> Columns | None:
     return None
 
 
-def messages_from_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+def messages_from_row(row: Mapping[str, Any], columns: Columns, notes: list[str]) -> dict[str, Any]:
     """One ranking row -> `prompt`, `chosen`, `rejected` as lists of messages, and `tools`.
 
     alpaca: the prompt is instruction + newline + input (if any) as a user message, after `history` (pairs of
     user and assistant texts) and `system`; chosen and rejected are texts and become assistant messages, since
     LLaMA-Factory puts them through a chat template. sharegpt and openai: an odd number of turns after an
-    optional system turn, the last one by the user (or a tool), and one answer each in chosen and rejected.
+    optional system turn, the last one by the user (or a tool), and one answer each in chosen and rejected. Turns keep
+    the keys that they came with.
 
-    Raises `RowError` with the reason.
+    notes: gets what is to be said of the row. Raises `RowError` with the reason.
     """
     if columns.formatting == "alpaca":
         prompt = _alpaca_prompt(row, columns)
@@ -109,12 +116,8 @@ def messages_from_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any
     else:
         prompt = _conversation(row, columns)
         answers = [_turn_answer(columns.require(row, side), side, columns) for side in ("chosen", "rejected")]
-    system = columns.get(row, "system")
-    if system and prompt[0]["role"] != "system":
-        check_text(system, str(columns.column("system")))
-        prompt = [{"role": "system", "content": system}, *prompt]
     return {
-        "prompt": prompt,
+        "prompt": with_system(prompt, columns.get(row, "system"), str(columns.column("system")), notes),
         "chosen": [answers[0]],
         "rejected": [answers[1]],
         "tools": _wrap_tools(columns.get(row, "tools")),
@@ -168,6 +171,8 @@ def _conversation(row: Mapping[str, Any], columns: Columns) -> list[Message]:
 
 def _turn_answer(value: Any, side: str, columns: Columns) -> Message:
     column = columns.column(side)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, str):
         return _text_answer(value, str(column))
     message = _message(value, str(column), columns)
@@ -190,20 +195,29 @@ def _message(turn: Any, place: str, columns: Columns) -> Message:
         columns.tag("function_tag"): "assistant",
         columns.tag("system_tag"): "system",
     }
-    if role not in roles:
+    others = {} if columns.tags or columns.formatting == "openai" else _OTHER_ROLES
+    if role not in roles and role not in others:
         raise RowError(f"`{place}.{role_tag}` is {role!r}; wanted one of {', '.join(roles)}")
+    rest = {key: value for key, value in turn.items() if key not in (role_tag, content_tag)}
     if role == columns.tag("function_tag"):
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": _tool_calls(content, f"{place}.{content_tag}"),
-        }
-    calls = turn.get("tool_calls")
-    if content is None and calls:
+        calls = _tool_calls(content, f"{place}.{content_tag}")
+        return {"role": "assistant", "content": "", **rest, "tool_calls": calls}
+    if content is None and turn.get("tool_calls"):
         content = ""
+    content = joined_parts(content, f"{place}.{content_tag}")
     check_text(content, f"{place}.{content_tag}")
-    message = {"role": roles[role], "content": content}
-    return {**message, "tool_calls": calls} if calls else message
+    return {"role": roles.get(role) or others[role], "content": content, **rest}
+
+
+def sharegpt_messages(turns: list[Any], place: str) -> list[Any]:
+    """Turns of `from` and `value` as messages; others as they are. Raises `RowError`."""
+    columns = Columns("sharegpt")
+    return [
+        _message(turn, f"{place}[{index}]", columns)
+        if isinstance(turn, Mapping) and "from" in turn and "role" not in turn
+        else turn
+        for index, turn in enumerate(turns)
+    ]
 
 
 def _tool_calls(text: Any, place: str) -> list[dict[str, Any]]:

@@ -1,14 +1,23 @@
 """One row in any accepted format -> one Preference record."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastdpo.data.errors import RowError
-from fastdpo.data.rows.llama_factory import Columns, detect_columns, messages_from_row
-from fastdpo.data.rows.messages import Message, check_text, clean_messages, parse_tools
+from fastdpo.data.rows.cells import open_cells
+from fastdpo.data.rows.forms import form_of
+from fastdpo.data.rows.llama_factory import Columns, detect_columns, messages_from_row, sharegpt_messages
+from fastdpo.data.rows.messages import ONLY_TEXT, Message, check_text, clean_messages, parse_tools, with_system
+from fastdpo.data.rows.unpaired import is_unpaired
 
 SIDES = ("chosen", "rejected")
+# columns that would change what is trained, were they read: under these names nothing reads them
+_MISNAMED = {
+    **dict.fromkeys(("system_prompt", "system_message", "sys_prompt"), "system"),
+    **dict.fromkeys(("functions", "available_tools", "tool_list", "tool_schemas"), "tools"),
+}
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # columns that hold what the model is asked; a row of texts that has one and no `prompt` would lose it
 _PROMPT_LIKE = ("question", "query", "input", "context", "messages", "history")
 
@@ -17,13 +26,15 @@ _PROMPT_LIKE = ("question", "query", "input", "context", "messages", "history")
 class Preference:
     """One preference pair: all three text, or all three lists of messages (`role`, `content`, ...).
 
-    `tools` are the tools that the chat template shows, a list of function descriptions.
+    `tools` are the tools that the chat template shows, a list of function descriptions. `notes` say what of the row is
+    not used, or how it became a pair.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
     tools: list[Any] | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def conversational(self) -> bool:
@@ -41,14 +52,28 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
       by their columns or described by `columns`. They become messages, since LLaMA-Factory applies a template
       to them.
     - minimind's dpo.jsonl (chosen and rejected lists of messages).
+    - What `forms.FORMS` lists: a pair under other names, several answers with scores, dialogues as text.
+
+    Content in parts that are all text is joined; a list of messages may be JSON text.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"is {type(row).__name__}; wanted an object with `chosen` and `rejected`")
-    columns = columns or detect_columns(row)
-    if columns is not None:
-        parts = messages_from_row(row, columns)
-    else:
-        parts = _trl_parts(row)
+    row = open_cells(row)
+    media = next((name for name in _MEDIA if row.get(name)), None)
+    if media is not None:
+        raise RowError(f"`{media}` holds something, and {ONLY_TEXT}")
+    notes: list[str] = []
+    if columns is None:
+        form = form_of(row)
+        if form is not None:
+            row = form.pair(row)
+            notes.append(form.note)
+        elif is_unpaired(row):
+            raise RowError(
+                'is an answer with a verdict, and no pair; the loss is one of pairs: unpaired rows take loss_type="kto"'
+            )
+        columns = detect_columns(row)
+    parts = _trl_parts(row, notes) if columns is None else messages_from_row(row, columns, notes)
     prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
     for side, value in (("chosen", chosen), ("rejected", rejected)):
         _refuse_empty(value, side)
@@ -56,10 +81,13 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
         prompt, chosen, rejected = (clean_messages(parts[name], name) for name in ("prompt", *SIDES))
         _check_completion(chosen, "chosen")
         _check_completion(rejected, "rejected")
-    return Preference(prompt, chosen, rejected, parts["tools"])
+    for name, meant in _MISNAMED.items():
+        if row.get(name) and not row.get(meant):
+            notes.append(f"`{name}` is not used; name it `{meant}` if the model is to see it")
+    return Preference(prompt, chosen, rejected, parts["tools"], tuple(notes))
 
 
-def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
+def _trl_parts(row: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     chosen, rejected = (_side(row, side) for side in SIDES)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError("one of `chosen` and `rejected` is text and the other a list of messages; wanted one kind")
@@ -72,25 +100,31 @@ def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
     elif isinstance(chosen, str):
         if not isinstance(prompt, str):
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+        elif prompt.strip() and all(_goes_on(text, prompt) for text in (chosen, rejected)):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            notes.append("`chosen` and `rejected` repeat the whole `prompt`, which is taken once")
     elif isinstance(prompt, str):
         prompt, chosen, rejected = _join_text_prompt(prompt, chosen, rejected)
     elif chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
 
-    system = row.get("system")
-    if system and isinstance(system, str):
+    if row.get("system"):
         if isinstance(prompt, str):
             raise RowError("`system` would be lost beside a text `prompt`: put it into `prompt`, or use messages")
-        if prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": system}, *prompt]
+        prompt = with_system(prompt, row["system"], "system", notes)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": parse_tools(row.get("tools"))}
+
+
+def _goes_on(text: Any, prompt: str) -> bool:
+    return text.startswith(prompt) and bool(text[len(prompt) :].strip())
 
 
 def _side(row: Mapping[str, Any], side: str) -> str | list[Message]:
     if side not in row:
         raise RowError(f"missing column `{side}`; found {', '.join(f'`{name}`' for name in row) or 'nothing'}")
-    if isinstance(row[side], list):
-        return clean_messages(row[side], side)
+    value = [row[side]] if isinstance(row[side], Mapping) and side != "prompt" else row[side]
+    if isinstance(value, list):
+        return clean_messages(sharegpt_messages(value, side), side)
     check_text(row[side], side, "text or a list of messages")
     return row[side]
 

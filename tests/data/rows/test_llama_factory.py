@@ -77,7 +77,7 @@ def test_calls_observations_and_tools():
         {
             "role": "assistant",
             "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
         },
         {"role": "tool", "content": "3"},
     ]
@@ -105,8 +105,8 @@ def test_calls_observations_and_tools():
         ),
         ({**SHAREGPT, "conversations": turns(("gpt", "A"), ("human", "B"))}, "`conversations[0]` is out of turn"),
         (
-            {**SHAREGPT, "conversations": turns(("bot", "A"))},
-            "`conversations[0].from` is 'bot'; wanted one of human, gpt",
+            {**SHAREGPT, "conversations": turns(("narrator", "A"))},
+            "`conversations[0].from` is 'narrator'; wanted one of human, gpt",
         ),
         ({**SHAREGPT, "conversations": ["A"]}, "`conversations[0]` is not a turn with `from` and `value`"),
         ({**SHAREGPT, "conversations": [{"from": "human"}]}, "`conversations[0].value` is null"),
