@@ -114,6 +114,8 @@ def parse_tools(value: Any, column: str = "tools") -> list[Any] | None:
             tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError) as error:
         raise RowError(f"`{column}` holds {why_not_json(error)}") from None
+    if tools is None:  # the JSON text of nothing
+        return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"`{column}` is not a list of function descriptions, nor its JSON text")
     return tools or None
