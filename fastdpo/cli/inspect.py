@@ -115,6 +115,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--row {arguments.row} is not there: {arguments.data} has rows 0 to {len(rows) - 1}")
     options = {"truncation_mode": arguments.truncation_mode, "num_proc": arguments.dataset_num_proc}
     options |= {"on_overlong": arguments.on_overlong, "scored_turns": arguments.scored_turns}
+    options["skip_bad_rows"] = arguments.skip_bad_rows
     inspection = inspect_pairs(
         rows, tokenizer, arguments.max_length, name=", ".join(Path(name).name for name in names), **options
     )

@@ -128,5 +128,15 @@ def _count_endings(ids: np.ndarray, offsets: np.ndarray, ends: set[int], blank: 
         rows = rows[~is_end & blank(tokens)]
         place[rows] -= 1
         rows = rows[place[rows] >= begin[rows]]
-    rows = np.flatnonzero(ended & (place > begin))
-    return int((~ended).sum()), int((ids[place[rows]] == ids[place[rows] - 1]).sum())
+    ending, doubled = ids[np.maximum(place, 0)], 0
+    # the same token once more, white space between them aside
+    rows = np.flatnonzero(ended)
+    place[rows] -= 1
+    rows = rows[place[rows] >= begin[rows]]
+    while len(rows):
+        tokens = ids[place[rows]]
+        doubled += int((tokens == ending[rows]).sum())
+        rows = rows[(tokens != ending[rows]) & blank(tokens)]
+        place[rows] -= 1
+        rows = rows[place[rows] >= begin[rows]]
+    return int((~ended).sum()), doubled

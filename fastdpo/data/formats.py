@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from fastdpo.data.arrow_rows import arrow_rows
+from fastdpo.data.bad_rows import settle_bad_rows
 from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_columns
 from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.rows.llama_factory import Columns
@@ -28,8 +29,8 @@ _UNUSED = ("ref_chosen_logps", "ref_rejected_logps")
 # operation a fingerprint of its own, and a dataset that is formatted in place too, so the mark holds for exactly these
 # rows: whatever a caller makes of them is looked at again. Copies keep it; a dataset that is saved and loaded has none.
 _MARK = "_fastdpo_normalized"
-_SHOWN = 50
-_SKIPPED_SHOWN = 5
+# beside it, where each row of the table came from (`pairs.jsonl:4`), also those that a selection leaves out
+_PLACES = "_fastdpo_places"
 
 
 def load_preferences(
@@ -116,7 +117,21 @@ def mark_normalized(dataset: Dataset, *origins: Dataset) -> Dataset:
     """The dataset itself, marked. origins: those that its rows are taken from; all must be marked for it to be."""
     if all(is_normalized(origin) for origin in origins):
         setattr(dataset, _MARK, dataset._fingerprint)
+    if len(origins) == 1 and len(origins[0]._data) == len(dataset._data):
+        setattr(dataset, _PLACES, getattr(origins[0], _PLACES, None))
+    elif origins:
+        setattr(dataset, _PLACES, [place for origin in origins for place in places_of(origin, "?")])
     return dataset
+
+
+def places_of(dataset: Dataset, where: str) -> list[str]:
+    """Where each row came from: the file and the line, if they are known, else `where[index]`."""
+    places = getattr(dataset, _PLACES, None)
+    if not is_normalized(dataset) or places is None or len(places) != len(dataset._data):
+        return [f"{where}[{index}]" for index in range(len(dataset))]
+    if dataset._indices is None:
+        return places
+    return [places[index] for index in dataset._indices.column(0).to_pylist()]
 
 
 def is_normalized(dataset: object) -> bool:
@@ -153,12 +168,7 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
             bad.append((place, str(error)))
     if not kept and not bad:
         raise DataError(f"{where} is empty; wanted preference rows with `prompt`, `chosen` and `rejected`.")
-    if bad and (not skip_bad_rows or not kept):
-        raise DataError(_list_bad_rows(where, bad, len(kept) + len(bad), skip_bad_rows))
-    if bad:
-        first = "; ".join(f"{place}: {reason}" for place, reason in bad[:_SKIPPED_SHOWN])
-        more = f"; and {len(bad) - _SKIPPED_SHOWN} more" if len(bad) > _SKIPPED_SHOWN else ""
-        logger.warning(f"{where}: skipped {count(len(bad), 'bad row')} of {len(kept) + len(bad)}: {first}{more}")
+    settle_bad_rows(where, bad, len(kept), skip_bad_rows)
     _refuse_mixed(where, [not isinstance(row["prompt"], str) for row in kept], places)
     warn_unused(names, where)
     for note, rows_of_it in notes.items():
@@ -173,7 +183,9 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     for name in _OPTIONS:
         if all(value is None for value in columns[name]):
             del columns[name]
-    return mark_normalized(Dataset.from_dict(columns))
+    dataset = Dataset.from_dict(columns)
+    setattr(dataset, _PLACES, places)
+    return mark_normalized(dataset)
 
 
 def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -189,17 +201,6 @@ def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str,
         return columns, preference.notes
     except RecursionError:
         raise RowError("is nested too deeply") from None
-
-
-def _list_bad_rows(where: str, bad: list[tuple[str, str]], total: int, skipping: bool) -> str:
-    reasons = Counter(reason for _, reason in bad)
-    if len(bad) == total > 1 and len(reasons) == 1:
-        return f"{where}: none of the {total} rows can be used; each: {bad[0][1]}."
-    lines = [f"  {place}: {reason}" for place, reason in bad[:_SHOWN]]
-    if len(bad) > _SHOWN:
-        lines.append(f"  and {len(bad) - _SHOWN} more")
-    fix = "No row is left." if skipping else "Fix them, or go on without them with --skip_bad_rows."
-    return "\n".join([f"{where}: {count(len(bad), 'bad row')} of {total}:", *lines, fix])
 
 
 def _refuse_mixed(where: str, conversational: list[bool], places: list[str]) -> None:

@@ -38,6 +38,7 @@ def inspect_pairs(
     scored_turns: str = "last",
     num_proc: int | None = None,
     name: str = "train",
+    skip_bad_rows: bool = False,
 ) -> Inspection:
     """Look at the rows of `load_preferences`, tokenized by the code that training runs.
 
@@ -49,7 +50,9 @@ def inspect_pairs(
     `on_overlong="error"`.
     """
     options: dict[str, Any] = {"scored_turns": scored_turns}
-    pairs, whole = tokenize_dataset(rows, tokenizer, max_length=None, num_proc=num_proc, name=name, **options)
+    pairs, whole = tokenize_dataset(
+        rows, tokenizer, max_length=None, num_proc=num_proc, name=name, skip_bad_rows=skip_bad_rows, **options
+    )
     assert isinstance(pairs, Dataset)
     if len(pairs) < len(rows):  # completions without any token: keep them, so that row numbers stay those of the data
         columns = pair_columns(pairs.column_names)
@@ -85,7 +88,11 @@ def inspect_pairs(
         "on_overlong": on_overlong,
         "scored_turns": scored_turns,
         "truncation": [apply_limits(measured, limit, name)[1].as_dict() for limit in limits],
-        "findings": [*special_token_findings(pairs, tokenizer), *template_findings(rows[0], tokenizer)],
+        "findings": [
+            *whole.left_out,
+            *special_token_findings(pairs, tokenizer),
+            *template_findings(rows[0], tokenizer),
+        ],
     }
     if whole.prompt_cut:
         report["findings"].append(

@@ -1,5 +1,6 @@
 """What `max_length` and its relatives do to tokenized pairs: which are kept, which are cut, which are too long."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -185,8 +186,17 @@ def apply_limits(lengths: Lengths, limits: Limits, name: str) -> tuple[np.ndarra
         shortened_chosen=total(verdict.shortened[1]),
         shortened_rejected=total(verdict.shortened[2]),
         prompt_cut=total(lengths.prompt_cut > 0) if lengths.prompt_cut is not None else 0,
+        length_of=_length_of(lengths, limits) if long_prompt.any() else None,
     )
     return np.flatnonzero(kept), report
+
+
+def _length_of(lengths: Lengths, limits: Limits) -> dict[str, int]:
+    """The `max_length` with which the prompt alone fills it in no more than a share of the pairs."""
+    limit = limits.max_prompt_length
+    prompts = np.sort(lengths.prompt if limit is None else np.minimum(lengths.prompt, limit))
+    shares = {"95 %": 0.95, "100 %": 1.0}
+    return {label: int(prompts[math.ceil(share * len(prompts)) - 1]) + 1 for label, share in shares.items()}
 
 
 def keep_row(row: dict[str, Any], index: int, limits: Limits, name: str) -> bool:

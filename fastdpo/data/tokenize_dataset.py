@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -10,18 +11,31 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.data.bad_rows import settle_bad_rows
 from fastdpo.data.collate import check_truncation
-from fastdpo.data.errors import DataError
-from fastdpo.data.formats import warn_unused
+from fastdpo.data.errors import DataError, RowError
+from fastdpo.data.formats import places_of, warn_unused
 from fastdpo.data.limits import Limits, apply_limits, keep_row, measure, none_left
 from fastdpo.data.rows.messages import for_template
+from fastdpo.data.shown import left_out_sentence
 from fastdpo.data.template_bounds import check_template
 from fastdpo.data.tokenize_report import TokenizeReport
-from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS, SCORED_TURNS, template_options, tokenize_row
+from fastdpo.data.tokenize_row import (
+    ID_COLUMNS,
+    LEFT_OUT,
+    MASK_COLUMNS,
+    PROMPT_CUT,
+    SCORED_TURNS,
+    template_options,
+    tokenize_row,
+)
 
 __all__ = ["ID_COLUMNS", "MASK_COLUMNS", "TokenizeReport", "pair_columns", "tokenize_dataset"]
 
 logger = logging.getLogger(__name__)
+
+# columns of a tokenized row that go with it no further
+_REFUSAL, _SAME = "_refusal", "_same_tokens"
 
 
 def pair_columns(columns: Iterable[str]) -> list[str]:
@@ -43,6 +57,7 @@ def tokenize_dataset(
     tools: str | None = None,
     on_overlong: str = "truncate",
     scored_turns: str = "last",
+    skip_bad_rows: bool = False,
 ) -> tuple[Dataset | IterableDataset, TokenizeReport]:
     """Tokenize the rows of `load_preferences` or `normalize_dataset`.
 
@@ -62,6 +77,9 @@ def tokenize_dataset(
     scored_turns: see `tokenize_row`; "all" adds `prompt_mask`, `chosen_mask`, `rejected_mask` (lists of 0 and 1, as
     long as the ids, not truncated) to rows of messages. A tokenized dataset may bring all three.
 
+    skip_bad_rows: rows that the chat template refuses, or of which it shows nothing of a turn, are left out and named;
+    else they raise, all of them named. What else a template leaves out of rows is counted and said (`report.left_out`).
+
     Raises `DataError` when the rows need what the tokenizer lacks (a chat template, an EOS token), when a
     column is missing, when the template refuses a row, when given ids or masks are none, or when no row is left.
     """
@@ -73,6 +91,7 @@ def tokenize_dataset(
     if first is None:
         raise DataError(f"{name}: the dataset has no row.")
     tokenized = set(ID_COLUMNS) <= first.keys()
+    left_out: tuple[str, ...] = ()
     if tokenized:
         warn_unused(set(first).difference(keep), name)
         columns = pair_columns(first)
@@ -85,8 +104,7 @@ def tokenize_dataset(
         masked = scored_turns == "all" and not isinstance(first["prompt"], str)
         columns = [*ID_COLUMNS, *(MASK_COLUMNS if masked else ())]
         options: dict[str, Any] = {
-            "with_indices": True,
-            "fn_kwargs": {"tokenizer": tokenizer, "name": name, "tools": tools, "scored_turns": scored_turns},
+            "fn_kwargs": {"tokenizer": tokenizer, "tools": tools, "scored_turns": scored_turns},
             "remove_columns": list(first),
         }
         if isinstance(dataset, Dataset):
@@ -95,7 +113,12 @@ def tokenize_dataset(
                 "num_proc": min(num_proc, len(dataset)) if num_proc else None,
                 "desc": f"Tokenizing {name}",
             }
-        dataset = dataset.map(_tokenize_indexed, **options)
+            places = places_of(dataset, name)
+            dataset, left_out = _usable_rows(dataset.map(_tokenize_row, **options), name, places, skip_bad_rows)
+        else:
+            dataset = dataset.map(_tokenize_row, **options)
+            stream = {"name": name, "skip_bad_rows": skip_bad_rows}
+            dataset = dataset.filter(_usable, with_indices=True, fn_kwargs=stream)
 
     if scored_turns == "all" and len(columns) == len(ID_COLUMNS):
         what = "tokenized already, without masks" if tokenized else "texts, which have no turns"
@@ -110,6 +133,9 @@ def tokenize_dataset(
 
     lengths = measure(dataset)
     kept, report = apply_limits(lengths, limits, name)
+    report = replace(report, left_out=left_out)
+    for sentence in left_out:
+        logger.warning(f"{name}: {sentence}.")
     if not len(kept):
         raise DataError(none_left(lengths, report))
     if report.prompt_cut:
@@ -125,16 +151,63 @@ def tokenize_dataset(
     return dataset.select_columns(columns), report
 
 
-def _tokenize_indexed(
-    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, name: str, tools: str | None, scored_turns: str
+def _tokenize_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tools: str | None, scored_turns: str
 ) -> dict[str, Any]:
+    """As `tokenize_row`, with columns for why a row cannot be used, and whether its two answers became one."""
     try:
-        return tokenize_row(row, tokenizer, tools, scored_turns)
+        columns = tokenize_row(row, tokenizer, tools, scored_turns)
+        same = columns["chosen_ids"] == columns["rejected_ids"] and row["chosen"] != row["rejected"]
+        return {**columns, _REFUSAL: "", _SAME: same}
     except TemplateSyntaxError as error:
         reason = str(error.message).split(". ")[0].rstrip(".")
         raise DataError(f"the tokenizer's chat template is not valid: line {error.lineno}: {reason}.") from None
     except TemplateError as error:
-        raise DataError(f"{name}[{index}]: the chat template refuses this row: {error}") from None
+        refusal = f"the chat template refuses this row: {error}"
+    except RowError as error:
+        refusal = str(error)
+    masks = MASK_COLUMNS if scored_turns == "all" and not isinstance(row["prompt"], str) else ()
+    empty = {name: [] for name in (*ID_COLUMNS, *masks)}
+    return {**empty, PROMPT_CUT: 0, LEFT_OUT: "", _REFUSAL: refusal, _SAME: False}
+
+
+def _usable_rows(
+    dataset: Dataset, name: str, places: list[str], skip_bad_rows: bool
+) -> tuple[Dataset, tuple[str, ...]]:
+    """The rows that can be used, and what the template leaves out of them, a sentence each.
+
+    Raises:
+        DataError: with all rows that cannot, unless they are skipped.
+    """
+    columns = dataset.select_columns([_REFUSAL, LEFT_OUT, _SAME])[:]
+    bad = [(places[index], refusal) for index, refusal in enumerate(columns[_REFUSAL]) if refusal]
+    settle_bad_rows(name, bad, len(dataset) - len(bad), skip_bad_rows)
+    rows: dict[str, list[int]] = {}
+    same: list[int] = []
+    for index, left_out in enumerate(columns[LEFT_OUT]):
+        for what in left_out.split("\n") if left_out else ():
+            rows.setdefault(what, []).append(index)
+        same += [index] if columns[_SAME][index] else []
+    total = len(dataset) - len(bad)
+    sentences = []
+    for what, indices in rows.items():
+        role, field = what.split(" ", 1)
+        sentences.append(left_out_sentence(role, field, len(indices), total, places[indices[0]]))
+    if same:
+        sentences.append(
+            f"chosen and rejected differ in {len(same)} of {total} rows and are the same tokens there (the first: "
+            f"{places[same[0]]}): the chat template leaves out what is different, and they teach nothing"
+        )
+    if bad:
+        dataset = dataset.select([index for index, refusal in enumerate(columns[_REFUSAL]) if not refusal])
+    return dataset.remove_columns([_REFUSAL, LEFT_OUT, _SAME]), tuple(sentences)
+
+
+def _usable(row: dict[str, Any], index: int, name: str, skip_bad_rows: bool) -> bool:
+    """Whether a stream's row can be used. Raises `DataError` where it must be."""
+    if row[_REFUSAL]:
+        settle_bad_rows(name, [(f"{name}[{index}]", row[_REFUSAL])], int(skip_bad_rows), skip_bad_rows)
+    return not row[_REFUSAL]
 
 
 def _check_tokenizer(

@@ -19,6 +19,8 @@ class TokenizeReport:
     empty_after_truncation: kept rows in which one completion has no scored token.
     shortened_prompts, shortened_chosen, shortened_rejected: kept rows in which a part was longer than
         `max_prompt_length` or `max_completion_length` and was cut to it.
+    left_out: what the chat template leaves out of rows, a sentence each.
+    length_of: the `max_length` that would keep 95 % and all of the rows, where `dropped_long_prompt` is not 0.
     prompt_cut: rows whose prompt ends in tokens that are not a prefix of prompt + completion; these tokens
         are left out (see `tokenize_row`).
     """
@@ -37,6 +39,8 @@ class TokenizeReport:
     prompt_cut: int | None = None
     overlong: int | None = None
     dropped_overlong: int | None = None
+    left_out: tuple[str, ...] = ()
+    length_of: dict[str, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,10 +52,17 @@ class TokenizeReport:
         if self.max_length is None:
             parts = [f"{pairs}, no max_length"]
         else:
+            dropped = f"dropped {self.dropped_long_prompt} whose prompt alone fills it"
+            if self.length_of:
+                most, every = self.length_of["95 %"], self.length_of["100 %"]
+                dropped += (
+                    f" (max_length {most} would keep 95 % of all pairs and {every} all of them; max_prompt_length, or "
+                    "truncation_mode='keep_end', cuts prompts from the left instead)"
+                )
             parts = [
                 f"{pairs}; max_length {self.max_length} cuts {self.truncated_chosen} chosen and "
                 f"{self.truncated_rejected} rejected",
-                f"dropped {self.dropped_long_prompt} whose prompt alone fills it",
+                dropped,
             ]
         if self.dropped_overlong:
             parts.append(f"dropped {self.dropped_overlong} longer than max_length")

@@ -3,16 +3,20 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError, TemplateRuntimeError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.data.errors import RowError
 from fastdpo.data.rows.messages import Message, for_template, from_json
+from fastdpo.data.shown import check_shown, template_errors
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # 1 for a scored token, 0 for context; absent: 0 in the prompt, 1 in the completions
 MASK_COLUMNS = ("prompt_mask", "chosen_mask", "rejected_mask")
 SCORED_TURNS = ("last", "all")
 PROMPT_CUT = "_prompt_tokens_cut"
+# "role field" of what the chat template leaves out of a row, one a line
+LEFT_OUT = "_left_out"
 
 
 def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
@@ -43,7 +47,11 @@ def tokenize_row(
     turns are scored wherever they are, in the prompt too, and nothing else (see `assistant_spans`), as in minimind.
     For a pair of single answers that is the same.
 
-    Raises `jinja2.TemplateError` where the chat template refuses the row.
+    A prompt that ends in an assistant's turn is the beginning of the answer: the turn stays open, and an assistant's
+    completion goes on in it.
+
+    Raises `jinja2.TemplateError` where the chat template refuses the row, and `RowError` where it shows nothing of a
+    turn, or cannot leave one open.
     """
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     if isinstance(prompt, str):
@@ -59,8 +67,17 @@ def tokenize_row(
         return template_ids(tokenizer, messages, **options, **more)
 
     prompt, chosen, rejected = (for_template(messages) for messages in (prompt, chosen, rejected))
+    begun = prompt
+    goes_on = prompt[-1]["role"] == chosen[0]["role"] == rejected[0]["role"] == "assistant"
+    if goes_on:
+        prompt, chosen, rejected = prompt[:-1], _continued(prompt[-1], chosen), _continued(prompt[-1], rejected)
+    left_out: dict[tuple[str, str], None] = {}
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        left_out |= dict.fromkeys(check_shown(tokenizer, prompt, completion, options, side))
+    asked = _left_open(begun, render) if goes_on else render(prompt, add_generation_prompt=True)
     whole = [render(prompt + messages) for messages in (chosen, rejected)]
-    columns = _split(render(prompt, add_generation_prompt=True), whole)
+    columns = _split(asked, whole)
+    columns[LEFT_OUT] = "\n".join(f"{role} {field}" for role, field in left_out)
     if scored_turns == "all":
         shared = len(columns["prompt_ids"])
         spans = assistant_spans(prompt + chosen, whole[0], render)
@@ -69,6 +86,22 @@ def tokenize_row(
         spans = assistant_spans(prompt + rejected, whole[1], render, first=len(prompt))
         columns["rejected_mask"] = _completion_mask(spans, whole[1], shared, rejected)
     return columns
+
+
+def _left_open(prompt: list[Message], render: Callable[..., list[int]]) -> list[int]:
+    """The prompt's ids with its last turn left open."""
+    try:
+        return render(prompt, continue_final_message=True)
+    except ValueError as error:
+        raise RowError(
+            "`prompt` ends with an assistant turn, which the chat template cannot leave open; put it into `chosen` and "
+            "`rejected`"
+        ) from error
+
+
+def _continued(begun: Message, completion: list[Message]) -> list[Message]:
+    first = completion[0]
+    return [{**begun, **first, "content": begun["content"] + first["content"]}, *completion[1:]]
 
 
 def template_options(row: dict[str, Any], tools: str | None = None) -> dict[str, Any]:
@@ -81,12 +114,9 @@ def template_options(row: dict[str, Any], tools: str | None = None) -> dict[str,
 
 def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> list[int]:
     """The ids of messages. Raises `jinja2.TemplateError`, also where the template divides by zero or never ends."""
-    try:
+    with template_errors():
         # transformers 5 answers with a BatchEncoding
         encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except (ArithmeticError, LookupError, TypeError, RecursionError, MemoryError) as error:
-        reason = str(error) or "there is not enough memory"
-        raise TemplateRuntimeError(f"{type(error).__name__}: {reason}") from error
     return encoded["input_ids"]
 
 
@@ -97,6 +127,7 @@ def _split(prompt_ids: list[int], whole: list[list[int]]) -> dict[str, Any]:
         "chosen_ids": whole[0][shared:],
         "rejected_ids": whole[1][shared:],
         PROMPT_CUT: len(prompt_ids) - shared,
+        LEFT_OUT: "",
     }
 
 

@@ -97,6 +97,7 @@ def prepare(
             tools=cast("str | None", args.tools),
             on_overlong=args.on_overlong,
             scored_turns=args.scored_turns,
+            skip_bad_rows=args.skip_bad_rows,
         )
     _warn_of_findings(first, dataset, tokenizer, name)
     lost = (

@@ -114,7 +114,9 @@ def test_iterable_dataset_is_lazy(tokenizer):
 
 
 def refuse_roles(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{% if messages[0].content == 'bad' %}{{ raise_exception('roles!') }}{% endif %}x"
+    tokenizer.chat_template = "{% if messages[0].content == 'bad' %}{{ raise_exception('roles!') }}{% endif %}" + (
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,16 @@ def test_report(tokenizer, text_rows):
     dataset = text_rows(("xx", "y", "zzzz"), ("xx", "yyyy", "z"), ("xx", "y", "z"), ("x" * 9, "y", "z"))
     _, report = tokenize_dataset(dataset, tokenizer, max_length=4, name="eval")
     assert str(report) == (
-        "eval: 3 pairs; max_length 4 cuts 1 chosen and 1 rejected; dropped 1 whose prompt alone fills it"
+        "eval: 3 pairs; max_length 4 cuts 1 chosen and 1 rejected; dropped 1 whose prompt alone fills it "
+        "(max_length 10 would keep 95 % of all pairs and 10 all of them; max_prompt_length, or "
+        "truncation_mode='keep_end', cuts prompts from the left instead)"
     )
     assert report.as_dict() == {
         "name": "eval",
         "rows": 3,
         "max_length": 4,
+        "left_out": (),
+        "length_of": {"95 %": 10, "100 %": 10},
         "overlong": 3,
         "dropped_overlong": 0,
         "dropped_long_prompt": 1,
