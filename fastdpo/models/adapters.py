@@ -8,14 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from peft import PeftModel, PeftType, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
 
 from fastdpo.config.dpo_config import DPOConfig
 
+WEIGHTS = "adapter_model.safetensors"
 Switch = Callable[[PeftModel], AbstractContextManager[None]]
 
 
@@ -260,3 +263,44 @@ def evaluating(policy: nn.Module) -> Iterator[None]:
         yield
     finally:
         policy.train(training)
+
+
+def resize_to_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Give a base model's embedding the rows that it had when the adapter in the folder `adapter` was trained.
+
+    They are known from an embedding or head that the adapter holds whole, or from tokens that it trains alone
+    (`trainable_token_indices`) and its own tokenizer. New rows of other tokens are drawn.
+    """
+    rows = _stored_rows(model, Path(adapter, WEIGHTS)) or _token_rows(Path(adapter))
+    if rows is None:
+        return
+    here = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    if rows[0] != here and not (rows[1] and rows[0] < here):
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
+def _stored_rows(model: PreTrainedModel, weights: Path) -> tuple[int, bool] | None:
+    """Rows of the embedding or head that is stored whole in the adapter, and False; None where neither is."""
+    if not weights.is_file():
+        return None
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in ends]
+    with safe_open(weights, framework="pt") as file:
+        stored = set(file.keys())
+        for name in names:
+            if f"base_model.model.{name}.weight" in stored:
+                return file.get_slice(f"base_model.model.{name}.weight").get_shape()[0], False
+    return None
+
+
+def _token_rows(folder: Path) -> tuple[int, bool] | None:
+    """The rows that `trainable_token_indices` needs at least, and True; None where the adapter trains no tokens."""
+    indices = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None)
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices or []]
+    highest = max((index for some in lists for index in some), default=None)
+    if highest is None:
+        return None
+    tokens = 0
+    if Path(folder, "tokenizer_config.json").is_file():
+        tokens = len(AutoTokenizer.from_pretrained(str(folder)))
+    return max(highest + 1, tokens), True

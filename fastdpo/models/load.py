@@ -22,7 +22,7 @@ from transformers import (
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.tokenize_dataset import ID_COLUMNS
-from fastdpo.models.adapters import check_adapter_name, choose_adapters
+from fastdpo.models.adapters import check_adapter_name, choose_adapters, resize_to_adapter
 from fastdpo.models.forward import unwrap_peft
 from fastdpo.models.load_errors import check_causal_lm, check_loaded, check_text_causal_lm, why_no_weights
 from fastdpo.models.size import check_adapter_rank, check_model_size, check_parts, checked_config
@@ -140,6 +140,7 @@ def _from_adapter_folder(path: str, args: DPOConfig, quantization_config: Any, d
     base = _from_pretrained(config.base_model_name_or_path, args, quantization_config, default_dtype)
     name = args.model_adapter_name or "default"
     try:
+        resize_to_adapter(base, path)
         return PeftModel.from_pretrained(base, path, adapter_name=name, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the adapter {path!r}: {first_line(error)}") from error

@@ -9,12 +9,11 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fastdpo.models.adapters import WEIGHTS, resize_to_adapter
 from fastdpo.models.load import is_adapter_folder
 from fastdpo.models.load_errors import check_loaded, size_mismatch, why_no_weights
 from fastdpo.models.size import check_adapter_rank, check_model_size, check_parts, checked_config
 from fastdpo.wording import first_line, first_sentence
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def read_adapter_config(adapter: str) -> PeftConfig:
@@ -87,9 +86,8 @@ def load_adapter(
     An embedding that was resized for training is resized here too, in a model without adapters. base: what a message
     calls the model. Raises ValueError where one does not fit the other.
     """
-    rows = None if isinstance(model, PeftModel) else _trained_vocabulary(model, Path(adapter, WEIGHTS))
-    if rows is not None and rows != cast(Any, model.get_input_embeddings()).weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    if not isinstance(model, PeftModel):
+        resize_to_adapter(model, adapter)
     try:
         with warnings.catch_warnings():
             # an adapter of another model would otherwise start at random, with no more than a warning
@@ -106,18 +104,6 @@ def load_adapter(
         if mismatch is not None:
             reason = f"{mismatch[0]} has shape {mismatch[1]} in the adapter and needs {mismatch[2]}"
         raise ValueError(f"the adapter {adapter} does not fit the base model {base}: {reason}") from error
-
-
-def _trained_vocabulary(model: PreTrainedModel, weights: Path) -> int | None:
-    """Rows of the embedding or head that is stored whole in the adapter, None where neither is."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if module in ends]
-    with safe_open(weights, framework="pt") as file:
-        stored = set(file.keys())
-        for name in names:
-            if f"base_model.model.{name}.weight" in stored:
-                return file.get_slice(f"base_model.model.{name}.weight").get_shape()[0]
-    return None
 
 
 def load_tokenizer_of(folders: list[str], trust_remote_code: bool = False) -> Any:

@@ -43,12 +43,14 @@ from fastdpo.training.report.model_card import card_of, write_card
 from fastdpo.training.report.out_of_memory import MemoryWatch, explains_loading
 from fastdpo.training.report.run_details import run_details
 from fastdpo.training.report.speed import Stopwatch, speed_metrics
+from fastdpo.training.trl_attributes import with_trl_attributes
 
 logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
 
 
+@with_trl_attributes
 class DPOTrainer(CrashSafeTrainer):
     """Trains a causal language model on preference pairs; the constructor's order is TRL 1.16's.
 
@@ -372,29 +374,15 @@ class DPOTrainer(CrashSafeTrainer):
 
     def create_model_card(
         self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
         model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **others: Any,
     ) -> None:
         """Write README.md in `args.output_dir`, on world process zero; a README.md of somebody's own stays.
 
-        The arguments are those of `Trainer.create_model_card`; `tasks` names the pipeline, `dataset_args` is not used.
+        The arguments are TRL's; others: those of `Trainer.create_model_card`, by their names.
         """
-        if not self.is_world_process_zero():
-            return
-        card = card_of(
-            self,
-            name=model_name,
-            base=finetuned_from,
-            data=dataset or dataset_tags,
-            tags=tags,
-            pipeline=tasks,
-            extra={"language": language, "license": license},
-        )
-        write_card(str(self.args.output_dir), card.text())
+        if self.is_world_process_zero():
+            card = card_of(self, model_name, dataset_name, tags, **others)
+            write_card(str(self.args.output_dir), card.text())

@@ -130,23 +130,32 @@ class Card:
 
 def card_of(
     trainer: Any,
-    name: str | None,
-    base: str | None,
-    data: str | list[str] | None,
-    tags: str | list[str] | None,
-    pipeline: str | list[str] | None,
-    extra: Mapping[str, Any],
+    name: str | None = None,
+    data: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    *,
+    language: str | None = None,
+    license: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
 ) -> Card:
-    """What a `DPOTrainer` trained; the other arguments go before what it knows. extra: entries that may be None."""
+    """What a `DPOTrainer` trained; the other arguments go before what it knows.
+
+    tasks: names the pipeline. dataset, dataset_tags: as `data`. dataset_args: not used.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter, details, rows = isinstance(model, PeftModel), trainer.card_details, trainer.train_dataset
     origin = model.peft_config[trained_adapter(model)].base_model_name_or_path if adapter else model.name_or_path
-    entries = {**extra, "pipeline_tag": (_listed(pipeline) or ["text-generation"])[0]}
+    pipeline = (_listed(tasks) or ["text-generation"])[0]
+    entries = {"language": language, "license": license, "pipeline_tag": pipeline}
     return Card(
         name=name or Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).resolve().name,
         is_adapter=adapter,
-        base=base or origin or details.get("base"),
-        data=_listed(data) or details.get("data") or hub_names(rows),
+        base=finetuned_from or origin or details.get("base"),
+        data=_listed(data or dataset or dataset_tags) or details.get("data") or hub_names(rows),
         pairs=len(rows) if hasattr(rows, "__len__") else None,
         reference=trainer.reference_description,
         args=trainer.args,
