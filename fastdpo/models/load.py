@@ -25,6 +25,7 @@ from fastdpo.data.tokenize_dataset import ID_COLUMNS
 from fastdpo.models.adapters import check_adapter_name, choose_adapters, resize_to_adapter
 from fastdpo.models.forward import unwrap_peft
 from fastdpo.models.load_errors import check_causal_lm, check_loaded, check_text_causal_lm, why_no_weights
+from fastdpo.models.precision import check_accelerators, warn_of_rounding
 from fastdpo.models.size import check_adapter_rank, check_model_size, check_parts, checked_config
 from fastdpo.wording import first_line, first_sentence
 
@@ -101,6 +102,7 @@ def policy_to_train(
     policy = load_policy(model, args, peft_config, quantization_config)
     choose_adapters(policy, args)
     check_vocabulary(tokenizer, policy)
+    warn_of_rounding(policy, args)
     if args.disable_dropout:
         disable_dropout(policy)
     checkpointing = cast("dict[str, Any]", args.gradient_checkpointing_kwargs or {})
@@ -290,6 +292,7 @@ def check_arguments(model: Any, ref_model: Any, args: DPOConfig) -> None:
     """Refuse what cannot work, and set what follows from the batch layout, before anything is loaded."""
     if ref_model is model and not isinstance(model, str):
         raise ValueError("model and ref_model are the same object; leave ref_model out to get a frozen copy.")
+    check_accelerators(args)
     if args.use_liger_kernel:
         options = dict(cast("dict[str, bool] | None", args.liger_kernel_config) or {})
         if options.get("fused_linear_cross_entropy"):

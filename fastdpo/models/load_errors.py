@@ -22,7 +22,11 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\).*?
 def check_causal_lm(config: PreTrainedConfig) -> None:
     """Refuse the configuration of a model that is no text-only causal LM. Raises ValueError with one sentence."""
     name = (config.architectures or [config.model_type])[0]
-    check_text_causal_lm(config, name)
+    text = config.get_text_config()
+    built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    # of some multimodal models AutoModelForCausalLM loads the text model alone
+    text_alone = text is not config and built is not None and built.config_class is type(text)
+    check_text_causal_lm(text if text_alone else config, built.__name__ if text_alone else name)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise ValueError(f"{name} is no causal language model that transformers knows; fastdpo trains those.")

@@ -47,7 +47,7 @@ ATTRIBUTES: Mapping[str, Callable[[Any], Any]] = {
 
 
 def with_trl_attributes(trainer: Trainer) -> Trainer:
-    """A class's decorator: `ATTRIBUTES` as properties. What is assigned to one would change no training, so it raises."""
+    """A class's decorator: `ATTRIBUTES` as properties. Assigning to one raises, since it would change no training."""
     for name, read in ATTRIBUTES.items():
         setattr(trainer, name, property(read, _refuse(name), doc=f"As `{name}` of TRL's DPOTrainer; not to be set."))
     return trainer

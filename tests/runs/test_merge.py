@@ -254,3 +254,26 @@ def test_wrong_input_is_one_sentence(merge: Merge, bases: dict[bool, str], tmp_p
     assert code == 2
     assert "Traceback" in err
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
+
+
+def test_tokens_that_an_adapter_trains_alone(merge: Merge, bases: dict[bool, str], tmp_path: Path):
+    """The base grows to the adapter's tokenizer before the adapter goes over it: to merge, and to train further."""
+    model = AutoModelForCausalLM.from_pretrained(bases[False])
+    rows = model.get_input_embeddings().weight.shape[0] + 3
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed_tokens": [rows - 2, rows - 1]},
+        task_type="CAUSAL_LM",
+    )
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, config).save_pretrained(adapter)
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    written["base_model_name_or_path"] = bases[False]
+    (adapter / "adapter_config.json").write_text(json.dumps(written))
+    report = merging.merge_adapter(str(adapter), str(tmp_path / "merged"), base=bases[False])
+    assert report["check"]["difference"] <= report["check"]["tolerance"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.get_input_embeddings().weight.shape[0] == rows
+    assert merged.config.vocab_size == rows

@@ -146,8 +146,10 @@ def test_push_to_hub_uploads_a_folder_that_has_the_card(tmp_path: Path, monkeypa
     trainer = make(tmp_path / "out")
     trainer.hub_model_id = "me/polite"
     trainer.args.hub_model_id = "me/polite"
-    trainer.push_to_hub(tags="polite")
+    trainer.push_to_hub(tags="polite", dataset_name="me/pairs", revision="draft")
     assert len(uploads) == 1
+    assert uploads[0]["revision"] == "draft"
+    assert "me/pairs" in uploads[0]["card"]
     assert uploads[0]["repo_id"] == "me/polite"
     card = ModelCard(uploads[0]["card"])
     assert card.data.to_dict()["model_name"] == "polite"
