@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_columns
 from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.rows.llama_factory import Columns
-from fastdpo.data.rows.messages import parse_template_options, to_json
+from fastdpo.data.rows.messages import pack_messages, parse_template_options, to_json
+from fastdpo.data.rows.notes import Note, Notes
 from fastdpo.data.rows.preference import SIDES, Preference, preference_from_row
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 from fastdpo.wording import count
@@ -46,7 +46,8 @@ def load_preferences(
 ) -> Dataset:
     """Load preference pairs; columns `prompt`, `chosen`, `rejected` (text, or lists of messages).
 
-    `tools` and `chat_template_kwargs` (as JSON text) are kept where rows have them; other columns are left out.
+    `tools` and `chat_template_kwargs` (as JSON text) are kept where rows have them; other columns are left out. A value
+    of a message that is no text is stored as text too: `rows.messages.for_template` opens it.
     Reference log-probs in the rows (`ref_chosen_logps`, `ref_rejected_logps`) are not used: a warning says so.
 
     `source` is a file (json: an array or one row per line, jsonl, csv, parquet), a `save_to_disk` folder, a
@@ -103,7 +104,7 @@ def normalize_dataset(
         if not isinstance(first, Mapping):
             raise DataError(f"{where}[0] is {type(first).__name__}; wanted an object with `chosen` and `rejected`.")
         warn_unused(first, where)
-        options = {"skip_bad_rows": skip_bad_rows, "where": where, "skipped": set()}
+        options = {"skip_bad_rows": skip_bad_rows, "where": where, "skipped": set(), "notes": Notes()}
         # one row at a time, so that no row is read before it is asked for
         normal = dataset.map(_normalize_one, batched=True, batch_size=1, with_indices=True, fn_kwargs=options)
         return normal.select_columns(["prompt", *SIDES, *_OPTIONS])
@@ -137,11 +138,14 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     names: set[str] = set()
     places: list[str] = []
     bad: list[tuple[str, str]] = []
+    notes = Notes()
     for place, value in rows:
         try:
             if isinstance(value, RowError):
                 raise value
-            kept.append(_stored(value, entry_columns))
+            stored, row_notes = _stored(value, entry_columns)
+            kept.append(stored)
+            notes.add(place, row_notes)
             names |= value.keys() & set(_UNUSED)
             places.append(place)
         except RowError as error:
@@ -156,6 +160,7 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
         logger.warning(f"{where}: skipped {count(len(bad), 'bad row')} of {len(kept) + len(bad)}: {first}{more}")
     _refuse_mixed(where, [not isinstance(row["prompt"], str) for row in kept], places)
     warn_unused(names, where)
+    notes.log(where, len(kept))
     identical = sum(row["chosen"] == row["rejected"] for row in kept)
     if identical:
         logger.warning(
@@ -166,22 +171,20 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     for name in _OPTIONS:
         if all(value is None for value in columns[name]):
             del columns[name]
-    try:
-        return mark_normalized(Dataset.from_dict(columns))
-    except OverflowError as error:
-        raise DataError(f"{where}: a number in the messages is too large to be stored: {error}.") from error
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{where}: a key of the messages has several types in different rows: {error}.") from error
+    return mark_normalized(Dataset.from_dict(columns))
 
 
-def _stored(value: Any, entry_columns: Columns | None = None) -> dict[str, Any]:
-    """The columns of one row, with None for an option that it lacks; raises `RowError`."""
+def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str, Any], tuple[Note, ...]]:
+    """The columns of one row, with None for an option that it lacks, and what was done; raises `RowError`."""
     try:
         preference = preference_from_row(value, entry_columns)
-        columns = {name: getattr(preference, name) for name in ("prompt", *SIDES)}
+        columns: dict[str, Any] = {name: getattr(preference, name) for name in ("prompt", *SIDES)}
+        if preference.conversational:
+            columns = {name: pack_messages(messages, name) for name, messages in columns.items()}
         # free-form objects travel as JSON text: an Arrow column would give every row every row's keys
         options = (preference.tools, parse_template_options(value.get("chat_template_kwargs")))
-        return columns | {name: to_json(option) for name, option in zip(_OPTIONS, options, strict=True)}
+        columns |= {name: to_json(option, name) for name, option in zip(_OPTIONS, options, strict=True)}
+        return columns, preference.notes
     except RecursionError:
         raise RowError("is nested too deeply") from None
 
@@ -211,11 +214,14 @@ def _refuse_mixed(where: str, conversational: list[bool], places: list[str]) -> 
 
 
 def _normalize_one(
-    batch: dict[str, list[Any]], indices: list[int], skip_bad_rows: bool, where: str, skipped: set[str]
+    batch: dict[str, list[Any]], indices: list[int], skip_bad_rows: bool, where: str, skipped: set[str], notes: Notes
 ) -> dict[str, list[Any]]:
     row = {name: values[0] for name, values in batch.items()}
     try:
-        return {name: [value] for name, value in _stored(row).items()}
+        stored, row_notes = _stored(row)
+        for note in notes.add(f"{where}[{indices[0]}]", row_notes):
+            logger.log(note.level, f"{where}: {note.text} (the first row is {where}[{indices[0]}]).")
+        return {name: [value] for name, value in stored.items()}
     except RowError as error:
         if not skip_bad_rows:
             raise DataError(f"{where}[{indices[0]}]: {error}.") from None

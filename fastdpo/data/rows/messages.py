@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from fastdpo.data.errors import RowError
@@ -9,6 +10,10 @@ from fastdpo.wording import why_not_json
 
 Message = dict[str, Any]
 
+# In front of JSON text that stands for a value of a message which is no text. A column of Arrow structs would give
+# every message every other message's keys at any depth, and one type to each key; texts have neither trouble.
+MARK = "fastdpo-json:"
+_PLAIN = ("role", "content")  # always text, stored as it is
 # the arguments of `apply_chat_template` that tokenization passes itself
 _OWN_OPTIONS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
 
@@ -25,27 +30,75 @@ def check_text(value: Any, place: str, expected: str = "text") -> None:
         raise RowError(f"`{place}` has half a surrogate pair at character {error.start}, which is no text") from None
 
 
-def clean_messages(messages: list[Any], name: str) -> list[Message]:
-    """Check `role` and `content` (text; optional beside `tool_calls`); raises `RowError`.
+def is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str)
 
-    Nulls are left out (Arrow adds them where other rows have a key), and the arguments of tool calls become
-    JSON text: each function has its own arguments, while a column has one type.
+
+def clean_messages(messages: list[Any], name: str) -> list[Message]:
+    """Messages as the chat template gets them, whether they are new or stored; raises `RowError`.
+
+    Every key is kept. A key of a message itself that is null counts as absent; nulls inside values stay. `content`
+    is text (optional beside `tool_calls`); a list of text parts is joined. The arguments of tool calls are objects,
+    also where they came as JSON text.
     """
-    cleaned = []
-    for index, message in enumerate(messages):
-        place = f"{name}[{index}]"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError(f"`{place}` is not a message with `role` and `content`")
-        message = without_nulls(message)
-        calls = message.get("tool_calls") or []
-        content = message.get("content", "" if calls else None)
-        check_text(content, f"{place}.content")
-        message = {**message, "content": content}
-        if calls:
-            message["tool_calls"] = [_stored_call(call, f"{place}.tool_calls") for call in calls]
-        _refuse_huge_integers(message, place)
-        cleaned.append(message)
+    return [clean_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
+
+
+def clean_message(message: Any, place: str, content_name: str = "content") -> Message:
+    """The same for one message. content_name: what the row calls its content."""
+    if not is_message(message):
+        raise RowError(f"`{place}` is not a message with `role` and `content`")
+    cleaned = {name: value for name, value in message.items() if value is not None}
+    if not _is_plain(cleaned):
+        cleaned = _open_values(cleaned, place)
+    content = cleaned.get("content", "" if cleaned.get("tool_calls") else None)
+    if isinstance(content, list):
+        content = join_parts(content, f"{place}.{content_name}")
+    check_text(content, f"{place}.{content_name}")
+    cleaned["content"] = content
     return cleaned
+
+
+def join_parts(parts: list[Any], place: str) -> str:
+    """The text of content parts (`{"type": "text", "text": ...}`); raises `RowError` for parts of another type."""
+    texts = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, Mapping):
+            raise RowError(f'`{place}` is list; wanted text, or parts such as {{"type": "text", "text": "..."}}')
+        kind = part.get("type", "text")
+        if kind != "text":
+            raise RowError(
+                f"`{place}[{index}]` is a part of type {kind!r}, and only text is trained here; take such rows out "
+                "(AutoModelForImageTextToText loads models that take images)"
+            )
+        text = part["text"] if part.get("text") is not None else part.get("value")
+        check_text(text, f"{place}[{index}].text")
+        texts.append(text)
+    if not texts:
+        raise RowError(f"`{place}` is an empty list; wanted text")
+    return "".join(texts)
+
+
+def pack_messages(messages: list[Message], name: str) -> list[dict[str, str]]:
+    """Messages for an Arrow column: each value is text, others as JSON text after `MARK`. `for_template` opens them.
+
+    Raises `RowError` for a value that JSON does not have.
+    """
+    return [
+        message
+        if _is_plain(message)
+        else {key: _pack(key, value, f"{name}[{index}]") for key, value in message.items()}
+        for index, message in enumerate(messages)
+    ]
+
+
+def for_template(messages: list[Message]) -> list[Message]:
+    """Stored messages as chat templates expect them: what was written, without the keys of other messages."""
+    opened = []
+    for message in messages:
+        message = {name: value for name, value in message.items() if value is not None}
+        opened.append(message if _is_plain(message) else _open_values(message, "messages"))
+    return opened
 
 
 def parse_tools(value: Any) -> list[Any] | None:
@@ -53,7 +106,9 @@ def parse_tools(value: Any) -> list[Any] | None:
     if not value:
         return None
     try:
-        tools = json.loads(value) if isinstance(value, str) else without_nulls(value)
+        tools = json.loads(value) if isinstance(value, str) else value
+        if isinstance(tools, list):
+            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError) as error:
         raise RowError(f"`tools` holds {why_not_json(error)}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -74,62 +129,95 @@ def parse_template_options(value: Any) -> dict[str, Any] | None:
     taken = sorted(_OWN_OPTIONS & options.keys())
     if taken:
         raise RowError(f"`chat_template_kwargs` has `{taken[0]}`, which is set here and cannot be changed")
-    return without_nulls(options)
+    return dict(options)
 
 
-def without_nulls(value: Any) -> Any:
-    """The same value without the keys whose value is null, at any depth."""
-    if isinstance(value, Mapping):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def to_json(value: Any) -> str | None:
-    """JSON text for a free-form object: in an Arrow column each row would get every row's keys."""
-    return value if value is None or isinstance(value, str) else json.dumps(without_nulls(value), ensure_ascii=False)
+def to_json(value: Any, place: str) -> str | None:
+    """JSON text for a free-form object (None for None): an Arrow column would give each row every row's keys."""
+    if value is None:
+        return None
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_as_json)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"`{place}` cannot be stored as JSON ({error})") from None
+    check_text(text, place)
+    return text
 
 
 def from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def for_template(messages: list[Message]) -> list[Message]:
-    """Messages as chat templates expect them: no nulls, the arguments of tool calls as objects."""
-    opened = []
-    for message in without_nulls(messages):
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_opened_call(call) for call in message["tool_calls"]]
-        opened.append(message)
+def parse_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls from JSON text of one `{"name", "arguments"}` or a list of them; raises `RowError`."""
+    try:
+        calls = from_json(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        return [
+            {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls
+        ]
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise RowError(f"`{place}` is not JSON text of a call with `name` and `arguments`") from None
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether there is nothing beside role and content."""
+    return len(message) == 2 and "content" in message
+
+
+def _as_json(value: Any) -> Any:
+    """What Arrow and numpy hold and JSON does not: dates and arrays."""
+    if isinstance(value, date):  # datetime too
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"it holds {type(value).__name__}")
+
+
+def _pack(key: str, value: Any, place: str) -> str:
+    if isinstance(value, str) and (key in _PLAIN or not value.startswith(MARK)):
+        check_text(value, f"{place}.{key}")
+        return value
+    return f"{MARK}{to_json(value, f'{place}.{key}')}"
+
+
+def _open_values(message: Message, place: str) -> Message:
+    opened = {name: value if name in _PLAIN else _open(value) for name, value in message.items()}
+    if opened.get("tool_calls"):
+        opened["tool_calls"] = _open_calls(opened["tool_calls"], f"{place}.tool_calls")
     return opened
 
 
-def _refuse_huge_integers(value: Any, place: str) -> None:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            if not isinstance(item, str):
-                _refuse_huge_integers(item, f"{place}.{name}")
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_huge_integers(item, place)
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise RowError(f"`{place}` is an integer of more than 64 bits, which cannot be stored; write it as text")
+def _open(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(MARK):
+        return value
+    try:
+        return json.loads(value[len(MARK) :])
+    except ValueError:  # somebody's text that begins so; it is packed like a value that is no text
+        return value
 
 
-def _stored_call(call: Any, place: str) -> Message:
+def _open_calls(calls: Any, place: str) -> list[Any]:
+    try:
+        calls = from_json(calls)
+    except ValueError:
+        calls = None
+    if not isinstance(calls, list):
+        raise RowError(f"`{place}` is not a list of calls with a `name`")
+    return [_open_call(call, place) for call in calls]
+
+
+def _open_call(call: Any, place: str) -> Message:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
         raise RowError(f"`{place}` is not a list of calls with a `name`")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    elif isinstance(arguments, str):
         try:
-            json.loads(arguments)
+            arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise RowError(f"`{place}` has arguments that are not JSON: {arguments[:40]!r}") from None
-    function = {**function, "arguments": to_json(arguments)}
-    return {**call, "function": function} if "function" in call else function
-
-
-def _opened_call(call: Message) -> Message:
-    function = call.get("function", call)
-    function = {**function, "arguments": from_json(function.get("arguments"))}
+    function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function
