@@ -13,6 +13,7 @@ from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences
 from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of, parse_mixture, split_off
+from fastdpo.data.rows.messages import for_template
 
 
 def pair(name: str) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def test_datasets_whose_messages_have_other_keys(folder):
     assert mixed.column_names == ["prompt", "chosen", "rejected", "tools"]
     assert mixed[0]["tools"] is None
     assert json.loads(mixed[1]["tools"])[0]["function"]["name"] == "f"
-    assert mixed[1]["chosen"][0]["tool_calls"][0]["function"]["name"] == "f"
+    assert for_template(mixed[1]["chosen"])[0]["tool_calls"][0]["function"]["name"] == "f"
 
 
 def test_llama_factory_s_num_samples(folder):

@@ -89,13 +89,12 @@ def refuse_media(row: Mapping[str, Any]) -> None:
     for name in _MEDIA & row.keys():
         if _holds_something(row[name]):
             raise RowError(
-                f"`{name}` holds {name.removeprefix('rejected_').rstrip('s')} data, and only text is trained here; take "
-                "such rows out, or remove the column where the text does without it (AutoModelForImageTextToText loads "
-                "models that take images)"
+                f"`{name}` holds {name.removeprefix('rejected_').rstrip('s')} data, and only text is trained here (not "
+                "models of AutoModelForImageTextToText); take such rows out, or the column where the text needs none"
             )
 
 
-def unread_columns(row: Mapping[str, Any], prompt: str | list[Message], read: Collection[str]) -> tuple[Note, ...]:
+def unread_columns(row: Mapping[str, Any], prompt: str | list[Message], read: Collection[str] = ()) -> tuple[Note, ...]:
     """A note for each column whose name says that the model should see it, and that nothing reads.
 
     read: columns that are read in this form.

@@ -62,6 +62,12 @@ class Columns:
     def column(self, part: str) -> str | None:
         return {**_REQUIRED_COLUMNS, **(self.names or _DEFAULT_COLUMNS)}.get(part)
 
+    @property
+    def read(self) -> set[str]:
+        """The columns that this layout reads beside the pair."""
+        parts = ("prompt", "query", "history") if self.formatting == "alpaca" else ("messages",)
+        return {str(self.column(part)) for part in (*parts, "system", "tools")}
+
     def get(self, row: Mapping[str, Any], part: str) -> Any:
         column = self.column(part)
         return row.get(column) if column else None
@@ -88,7 +94,7 @@ def detect_columns(row: Mapping[str, Any]) -> Columns | None:
         return None
     column = "conversations" if "conversations" in row else "messages"
     turns = row.get(column)
-    if turns is not None and (column == "conversations" or _is_answer(row.get("chosen"))):
+    if turns is not None and (column == "conversations" or _is_answered(turns, row.get("chosen"))):
         first = turns[0] if isinstance(turns, list) and turns else None
         openai = isinstance(first, Mapping) and "role" in first
         return Columns("openai" if openai else "sharegpt", {**_DEFAULT_COLUMNS, "messages": column})
@@ -97,11 +103,14 @@ def detect_columns(row: Mapping[str, Any]) -> Columns | None:
     return None
 
 
-def _is_answer(value: Any) -> bool:
-    """Whether `messages` is what this answers. TRL's rows of whole dialogues may have the column as metadata."""
-    if isinstance(value, list) and value:
-        return isinstance(value[0], Mapping) and value[0].get("role", value[0].get("from")) in ("assistant", "gpt")
-    return isinstance(value, Mapping)
+def _is_answered(turns: Any, chosen: Any) -> bool:
+    """Whether `chosen` answers `messages`. TRL's rows of whole dialogues may have the column as metadata."""
+    if isinstance(chosen, list) and chosen:
+        chosen = chosen[0]
+        return isinstance(chosen, Mapping) and chosen.get("role", chosen.get("from")) in ("assistant", "gpt")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    asked = isinstance(last, Mapping) and last.get("role", last.get("from")) in ("user", "human", "tool", "observation")
+    return isinstance(chosen, Mapping) or (asked and isinstance(chosen, str))
 
 
 def is_turn(value: Any) -> bool:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from datetime import date
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastdpo.data.errors import RowError
 from fastdpo.wording import why_not_json
@@ -30,7 +30,7 @@ def check_text(value: Any, place: str, expected: str = "text") -> None:
         raise RowError(f"`{place}` has half a surrogate pair at character {error.start}, which is no text") from None
 
 
-def is_message(value: Any) -> bool:
+def is_message(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str)
 
 
@@ -68,8 +68,8 @@ def join_parts(parts: list[Any], place: str) -> str:
         kind = part.get("type", "text")
         if kind != "text":
             raise RowError(
-                f"`{place}[{index}]` is a part of type {kind!r}, and only text is trained here; take such rows out "
-                "(AutoModelForImageTextToText loads models that take images)"
+                f"`{place}[{index}]` is a part of type {kind!r}, and only text is trained here (not models of "
+                "AutoModelForImageTextToText); take such rows out"
             )
         text = part["text"] if part.get("text") is not None else part.get("value")
         check_text(text, f"{place}[{index}].text")

@@ -71,7 +71,7 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
         if not isinstance(prompt, str):
             _check_completion(value, side)
     # a dataset_info.json entry that names columns leaves the others unused on purpose
-    unread = () if described else unread_columns(row, prompt, columns.names.values() if columns else ())
+    unread = () if described else unread_columns(row, prompt, columns.read if columns else ())
     return Preference(prompt, chosen, rejected, parts["tools"], (*notes, *parts["notes"], *unread))
 
 
@@ -86,7 +86,7 @@ def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
 
     if prompt is None:
         prompt, chosen, rejected = _split_prompt(row, chosen, rejected)
-    elif isinstance(chosen, str):
+    elif isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(prompt, str):
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         elif _repeats(prompt, chosen, rejected):

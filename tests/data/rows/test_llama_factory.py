@@ -61,6 +61,9 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         ),
         ({"messages": [user("A")], "chosen": THREE[0], "rejected": FOUR[0]}, [user("A")]),
         ({**SHAREGPT, "chosen": "3", "rejected": "4"}, [user("1 + 2?")]),
+        ({**SHAREGPT, "chosen": [SHAREGPT["chosen"]]}, [user("1 + 2?")]),
+        ({"messages": [user("A")], "chosen": "3", "rejected": "4"}, [user("A")]),
+        ({"messages": [user("A")], "chosen": THREE, "rejected": FOUR}, [user("A")]),
     ],
 )
 def test_rows_known_by_their_columns(row, prompt):
@@ -77,7 +80,7 @@ def test_calls_observations_and_tools():
         {
             "role": "assistant",
             "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
         },
         {"role": "tool", "content": "3"},
     ]

@@ -65,6 +65,15 @@ TOOL = {"type": "function", "function": {"name": "look"}}
         ({**CHAT, "tools": []}, RECORD),
         # what Arrow adds to a message where others have more keys
         ({**CHAT, "chosen": [{**BLUE, "name": None, "tool_calls": None}]}, RECORD),
+        # one message is a list of one
+        ({**CHAT, "prompt": USER, "chosen": BLUE}, RECORD),
+        # a text prompt that both answers repeat; one word may begin two answers by chance
+        (
+            {"prompt": "The sky?", "chosen": "The sky? Blue.", "rejected": "The sky? Red."},
+            Preference("The sky?", " Blue.", " Red."),
+        ),
+        ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi!"}, Preference("Hi", "Hi you", "Hi!")),
+        ({**TEXT, "chosen": "Sky? Blue."}, Preference("Sky?", "Sky? Blue.", " Green.")),
         # LLaMA-Factory's rows are known by their columns
         ({"instruction": "Sky?", "input": "", "chosen": "Blue.", "rejected": "Green."}, RECORD),
         (
@@ -103,15 +112,9 @@ def test_implicit_prompt_equals_trl(row):
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}]}
 
 
-def test_tool_calls_are_answers_and_their_arguments_text():
+def test_tool_calls_are_answers():
     record = preference_from_row({**CHAT, "chosen": [CALL]})
-    assert record.chosen == [
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}],
-        }
-    ]
+    assert record.chosen == [{**CALL, "content": ""}]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,8 @@ def test_tool_calls_are_answers_and_their_arguments_text():
         ({**CHAT, "rejected": [{**BLUE, "content": None}]}, "`rejected[0].content` is null"),
         ({**CHAT, "prompt": [{**USER, "content": ["x"]}]}, "`prompt[0].content` is list; wanted text"),
         ({**CHAT, "prompt": ["Sky?"]}, "`prompt[0]` is not a message with `role` and `content`"),
-        ({**CHAT, "chosen": [{"from": "gpt", "value": "x"}]}, "`chosen[0]` is not a message with `role` and `content`"),
+        ({**CHAT, "chosen": [{"from": "gpt"}]}, "`chosen[0]` is not a message with `role` and `content`"),
+        ({**CHAT, "chosen": [{"from": "bot", "value": "x"}]}, "`chosen[0].from` is 'bot'; wanted one of human, gpt"),
         ({**CHAT, "chosen": [BLUE, USER]}, "`chosen` ends with a user turn; wanted an assistant turn"),
         ({**CHAT, "chosen": [{**CALL, "tool_calls": ["x"]}]}, "`chosen[0].tool_calls` is not a list of calls"),
         ({**CHAT, "chosen": "Blue."}, "one of `chosen` and `rejected` is text and the other a list of messages"),
@@ -151,11 +155,6 @@ def test_tool_calls_are_answers_and_their_arguments_text():
         ),
         ({**CHAT, "tools": "{"}, "`tools` holds broken JSON: Expecting property name"),
         ({**CHAT, "tools": "[" * 100_000}, "`tools` holds JSON nested too deeply"),
-        (
-            {**CHAT, "prompt": [{**USER, "id": 2**63}]},
-            "`prompt[0].id` is an integer of more than 64 bits, which cannot be stored",
-        ),
-        ({**CHAT, "chosen": [{**BLUE, "ids": [{"a": -(2**64)}]}]}, "`chosen[0].ids.a` is an integer of more than 64"),
         ({**CHAT, "tools": "5"}, "`tools` is not a list of function descriptions"),
     ],
 )
