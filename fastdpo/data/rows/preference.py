@@ -110,7 +110,7 @@ def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
 def _side(row: Mapping[str, Any], side: str) -> str | list[Message]:
     if side not in row:
         raise RowError(f"missing column `{side}`; found {', '.join(f'`{name}`' for name in row) or 'nothing'}")
-    value = row[side]
+    value: Any = row[side]
     if is_turn(value) or (is_message(value) and not value.keys().isdisjoint(("content", "tool_calls"))):
         value = [value]
     if isinstance(value, list):
