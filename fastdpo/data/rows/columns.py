@@ -86,6 +86,8 @@ def with_system(prompt: list[Message], value: Any, column: str) -> tuple[list[Me
 
 def refuse_media(row: Mapping[str, Any]) -> None:
     """Raise `RowError` for pictures, videos and sound beside the text."""
+    if _MEDIA.isdisjoint(row):
+        return
     for name in _MEDIA & row.keys():
         if _holds_something(row[name]):
             raise RowError(
@@ -99,6 +101,8 @@ def unread_columns(row: Mapping[str, Any], prompt: str | list[Message], read: Co
 
     read: columns that are read in this form.
     """
+    if _ADVICE.keys().isdisjoint(row):
+        return ()
     unread = [
         name
         for name in row.keys() & _ADVICE.keys() - set(read)

@@ -23,11 +23,14 @@ _QUESTIONS = ("question", "input", "query")
 def known_form(row: Row) -> tuple[Row, tuple[Note, ...]]:
     """The row under TRL's columns (or LLaMA-Factory's) and notes on what was done; raises `RowError`."""
     notes: tuple[Note, ...] = ()
-    for form in _FORMS:
-        taken = form(row)
-        if taken is not None:
-            row, note = taken
-            notes = (*notes, note) if note else notes
+    for column, forms in _FORMS.items():
+        if row.get(column) is not None:
+            continue
+        for form in forms:
+            taken = form(row)
+            if taken is not None:
+                row, note = taken
+                notes = (*notes, note) if note else notes
     return row, notes
 
 
@@ -195,12 +198,8 @@ def _ranked_answers(row: Row) -> Taken | None:
     return row, note
 
 
-# in this order: what one gives, the next may take
-_FORMS: tuple[Callable[[Row], Taken | None], ...] = (
-    _other_names,
-    _ms_swift,
-    _two_outputs,
-    _ranked_answers,
-    _question_and_system,
-    _two_dialogues,
-)
+# the column that rows of these forms lack -> the forms, in this order: what one gives, the next may take
+_FORMS: dict[str, tuple[Callable[[Row], Taken | None], ...]] = {
+    "chosen": (_other_names, _ms_swift, _two_outputs, _ranked_answers),
+    "prompt": (_question_and_system, _two_dialogues),
+}
