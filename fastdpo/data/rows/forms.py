@@ -55,7 +55,10 @@ def _weight_note(pair: Row) -> Note | None:
             weight = message.get("loss_weight") if isinstance(message, Mapping) else None
             last = index == len(messages) - 1
             if weight is not None and weight != (1 if last else 0):
-                return Note("`loss_weight` is not used: the answer is scored, and turns before it are not", lost=True)
+                return Note(
+                    '`loss_weight` is not used: the answer is scored, and turns before it with scored_turns="all" only',
+                    lost=True,
+                )
     return None
 
 
@@ -67,9 +70,11 @@ def _ms_swift(row: Row) -> Taken | None:
     rejected = next((name for name in ("rejected_messages", "rejected_response") if row.get(name) is not None), None)
     if rejected is None or row.get("chosen") is not None:
         return None
-    column = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    column = next((name for name in ("messages", "conversations", "conversation") if row.get(name) is not None), None)
     if column is not None:
         messages = as_dialogue(row[column], column)
+        if all("human" in turn and "assistant" in turn for turn in messages):
+            messages = earlier_turns([[turn["human"], turn["assistant"]] for turn in messages], column)
         if len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise RowError(f"`{column}` does not end with an assistant turn, which `{rejected}` is compared with")
         rest = without(row, column, rejected)

@@ -53,7 +53,11 @@ def clean_message(message: Any, place: str, content_name: str = "content") -> Me
         cleaned = _open_values(cleaned, place)
     content = cleaned.get("content", "" if cleaned.get("tool_calls") else None)
     if isinstance(content, list):
-        content = join_parts(content, f"{place}.{content_name}")
+        content, more = _open_parts(content, f"{place}.{content_name}")
+        twice = more.keys() & cleaned.keys()
+        if twice:
+            raise RowError(f"`{place}` has `{min(twice)}` twice, as a key and as a part of `{content_name}`")
+        cleaned |= more
     check_text(content, f"{place}.{content_name}")
     cleaned["content"] = content
     return cleaned
@@ -61,22 +65,40 @@ def clean_message(message: Any, place: str, content_name: str = "content") -> Me
 
 def join_parts(parts: list[Any], place: str) -> str:
     """The text of content parts (`{"type": "text", "text": ...}`); raises `RowError` for parts of another type."""
-    texts = []
-    for index, part in enumerate(parts):
-        if not isinstance(part, Mapping):
-            raise RowError(f'`{place}` is list; wanted text, or parts such as {{"type": "text", "text": "..."}}')
-        kind = part.get("type", "text")
-        if kind != "text":
-            raise RowError(
-                f"`{place}[{index}]` is a part of type {kind!r}, and only text is trained here (not models of "
-                "AutoModelForImageTextToText); take such rows out"
-            )
-        text = part["text"] if part.get("text") is not None else part.get("value")
-        check_text(text, f"{place}[{index}].text")
-        texts.append(text)
-    if not texts:
+    if not parts:
         raise RowError(f"`{place}` is an empty list; wanted text")
-    return "".join(texts)
+    return "".join(_part_text(part, f"{place}[{index}]") for index, part in enumerate(parts))
+
+
+def _open_parts(parts: list[Any], place: str) -> tuple[str, Message]:
+    """The text of content parts, and what is a key of its own: LLaMA-Factory's `reasoning` and `tool_call` parts."""
+    kinds: dict[str, list[tuple[str, Any]]] = {"reasoning": [], "tool_call": [], "text": []}
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        kinds[kind if kind in ("reasoning", "tool_call") else "text"].append((f"{place}[{index}]", part))
+    more: Message = {}
+    if kinds["reasoning"]:
+        more["reasoning_content"] = "".join(_part_text(part, at, "reasoning") for at, part in kinds["reasoning"])
+    if kinds["tool_call"]:
+        more["tool_calls"] = [call for at, part in kinds["tool_call"] for call in parse_calls(part.get("value"), at)]
+    if not parts:
+        raise RowError(f"`{place}` is an empty list; wanted text")
+    return "".join(_part_text(part, at) for at, part in kinds["text"]), more
+
+
+def _part_text(part: Any, place: str, wanted: str = "text") -> str:
+    if not isinstance(part, Mapping):
+        whole = place.rpartition("[")[0]
+        raise RowError(f'`{whole}` is list; wanted text, or parts such as {{"type": "text", "text": "..."}}')
+    kind = part.get("type", "text")
+    if kind != wanted:
+        raise RowError(
+            f"`{place}` is a part of type {kind!r}, and only text is trained here (not models of "
+            "AutoModelForImageTextToText); take such rows out"
+        )
+    text = part["text"] if part.get("text") is not None else part.get("value")
+    check_text(text, f"{place}.text")
+    return str(text)
 
 
 def pack_messages(messages: list[Message], name: str) -> list[dict[str, str]]:

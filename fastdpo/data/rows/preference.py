@@ -116,7 +116,7 @@ def _side(row: Mapping[str, Any], side: str) -> str | list[Message]:
     if isinstance(value, list):
         return [_message(item, f"{side}[{index}]") for index, item in enumerate(value)]
     check_text(value, side, "text or a list of messages")
-    return value
+    return str(value)
 
 
 def _message(item: Any, place: str) -> Message:

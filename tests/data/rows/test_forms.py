@@ -60,6 +60,13 @@ PKU = {"prompt": "1 + 2?", "response_0": "4", "response_1": "3", "better_respons
         ({"conversations": turns(HUMAN, GPT), "rejected_response": "4"}, RECORD),
         ({"query": "1 + 2?", "response": "3", "rejected_response": "4", "history": [["Hi", "Hello"]]}, EARLIER),
         ({"query": "1 + 2?", "response": "3", "rejected_response": "4", "system": "Add.", "history": None}, TOLD),
+        (
+            {
+                "conversation": [{"human": "Hi", "assistant": "Hello"}, {"human": "1 + 2?", "assistant": "3"}],
+                "rejected_response": "4",
+            },
+            EARLIER,
+        ),
         ({"instruction": "1 +", "input": "2?", "output": "3", "rejected_response": "4"}, "1 +\n2?"),
         # LLaMA-Factory's older and newer pairs
         ({"instruction": "1 +", "input": "2?", "output": ["3", "4"]}, "1 +\n2?"),
