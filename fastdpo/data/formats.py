@@ -1,7 +1,6 @@
 """Rows of any source and format -> a dataset of preference pairs, with bad rows named by file and line."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from fastdpo.data.bad_rows import settle_bad_rows
 from fastdpo.data.data_files import BUILDERS, DataFiles, open_data_files, with_columns
 from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.rows.llama_factory import Columns
-from fastdpo.data.rows.messages import parse_template_options, stored_messages, to_json
+from fastdpo.data.rows.messages import pack_messages, parse_template_options, to_json
+from fastdpo.data.rows.notes import Note, Notes
 from fastdpo.data.rows.preference import SIDES, Preference, preference_from_row
 from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
 from fastdpo.wording import count
@@ -47,8 +47,8 @@ def load_preferences(
 ) -> Dataset:
     """Load preference pairs; columns `prompt`, `chosen`, `rejected` (text, or lists of messages).
 
-    `tools` and `chat_template_kwargs` (as JSON text) are kept where rows have them; other columns are left out. What of
-    a message is no text (tool calls) is stored as JSON text behind a mark, which tokenization opens.
+    `tools` and `chat_template_kwargs` (as JSON text) are kept where rows have them; other columns are left out. A value
+    of a message that is no text is stored as text too: `rows.messages.for_template` opens it.
     Reference log-probs in the rows (`ref_chosen_logps`, `ref_rejected_logps`) are not used: a warning says so.
 
     `source` is a file (json: an array or one row per line, jsonl, csv, parquet), a `save_to_disk` folder, a
@@ -106,7 +106,7 @@ def normalize_dataset(
             raise DataError(f"{where}[0] is {type(first).__name__}; wanted an object with `chosen` and `rejected`.")
         warn_unused(first, where)
         schema = None if dataset.features is None else dataset.features.arrow_schema
-        options = {"skip_bad_rows": skip_bad_rows, "where": where, "schema": schema, "skipped": set(), "noted": set()}
+        options = {"skip_bad_rows": skip_bad_rows, "where": where, "schema": schema, "skipped": set(), "notes": Notes()}
         # one row at a time, so that no row is read before it is asked for
         normal = dataset.map(_normalize_one, batched=True, batch_size=1, with_indices=True, fn_kwargs=options)
         return normal.select_columns(["prompt", *SIDES, *_OPTIONS])
@@ -154,14 +154,14 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     names: set[str] = set()
     places: list[str] = []
     bad: list[tuple[str, str]] = []
-    notes: Counter[str] = Counter()
+    notes = Notes()
     for place, value in rows:
         try:
             if isinstance(value, RowError):
                 raise value
-            stored, said = _stored(value, entry_columns)
+            stored, row_notes = _stored(value, entry_columns)
             kept.append(stored)
-            notes.update(said)
+            notes.add(place, row_notes)
             names |= value.keys() & set(_UNUSED)
             places.append(place)
         except RowError as error:
@@ -171,8 +171,7 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     settle_bad_rows(where, bad, len(kept), skip_bad_rows)
     _refuse_mixed(where, [not isinstance(row["prompt"], str) for row in kept], places)
     warn_unused(names, where)
-    for note, rows_of_it in notes.items():
-        logger.warning(f"{where}: {note} ({rows_of_it} of {count(len(kept), 'row')}).")
+    notes.log(where, len(kept))
     identical = sum(row["chosen"] == row["rejected"] for row in kept)
     if identical:
         logger.warning(
@@ -188,16 +187,16 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     return mark_normalized(dataset)
 
 
-def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The columns of one row, with None for an option that it lacks, and its notes; raises `RowError`."""
+def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str, Any], tuple[Note, ...]]:
+    """The columns of one row, with None for an option that it lacks, and what was done; raises `RowError`."""
     try:
         preference = preference_from_row(value, entry_columns)
-        columns = {name: getattr(preference, name) for name in ("prompt", *SIDES)}
+        columns: dict[str, Any] = {name: getattr(preference, name) for name in ("prompt", *SIDES)}
         if preference.conversational:
-            columns = {name: stored_messages(messages) for name, messages in columns.items()}
+            columns = {name: pack_messages(messages, name) for name, messages in columns.items()}
         # free-form objects travel as JSON text: an Arrow column would give every row every row's keys
         options = (preference.tools, parse_template_options(value.get("chat_template_kwargs")))
-        columns |= {name: to_json(option) for name, option in zip(_OPTIONS, options, strict=True)}
+        columns |= {name: to_json(option, name) for name, option in zip(_OPTIONS, options, strict=True)}
         return columns, preference.notes
     except RecursionError:
         raise RowError("is nested too deeply") from None
@@ -223,18 +222,17 @@ def _normalize_one(
     where: str,
     schema: Any,
     skipped: set[str],
-    noted: set[str],
+    notes: Notes,
 ) -> dict[str, list[Any]]:
     """One row of a stream; schema: Arrow's, None where the rows come from Python."""
     row = {name: values[0] for name, values in batch.items()}
     try:
         if schema is not None:
             row = arrow_rows(schema, decoded=True)(row)
-        columns, notes = _stored(row)
-        for note in set(notes) - noted:
-            noted.add(note)
-            logger.warning(f"{where}: {note} (from row {indices[0]} on).")
-        return {name: [value] for name, value in columns.items()}
+        stored, row_notes = _stored(row)
+        for note in notes.add(f"{where}[{indices[0]}]", row_notes):
+            logger.log(note.level, f"{where}: {note.text} (the first row is {where}[{indices[0]}]).")
+        return {name: [value] for name, value in stored.items()}
     except RowError as error:
         if not skip_bad_rows:
             raise DataError(f"{where}[{indices[0]}]: {error}.") from None

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -23,7 +23,7 @@ def check_causal_lm(config: PreTrainedConfig) -> None:
     """Refuse the configuration of a model that is no text-only causal LM. Raises ValueError with one sentence."""
     name = (config.architectures or [config.model_type])[0]
     text = config.get_text_config()
-    built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    built: Any = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
     # of some multimodal models AutoModelForCausalLM loads the text model alone
     text_alone = text is not config and built is not None and built.config_class is type(text)
     check_text_causal_lm(text if text_alone else config, built.__name__ if text_alone else name)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +20,7 @@ _STEP_IS_RATE = ("adam", "lion", "lamb", "apollo", "galore")
 _SAMPLE = 4096
 
 
-def stuck_share(weights: list[Tensor], rate: float) -> float:
+def stuck_share(weights: Sequence[Tensor], rate: float) -> float:
     """The share of weights that a step of `rate` leaves as they are; weights: 16-bit tensors, of each some are read."""
     stuck = total = 0
     for weight in weights:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset
 
-from fastdpo.data.formats import DataError, load_preferences, normalize_dataset
+from fastdpo.data.formats import DataError, _build, load_preferences, normalize_dataset
 from fastdpo.data.rows.messages import for_template
 
 USER = {"role": "user", "content": "Sky?"}
@@ -156,10 +156,13 @@ def test_template_options_that_are_none(tmp_path, options, said):
     assert load_preferences(path, skip_bad_rows=True).to_list() == [CHAT]
 
 
-def test_rows_nested_deeper_than_python_goes(tmp_path):
-    deep = json.dumps({**CHAT, "prompt": [{**USER, "x": "@"}]}).replace('"@"', "[" * 900 + "]" * 900)
-    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*nested too deeply"):
-        load_preferences(write_lines(tmp_path / "pairs.jsonl", [CHAT, deep]))
+def test_rows_nested_deeper_than_python_goes():
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    rows = [(f"rows[{index}]", row) for index, row in enumerate([CHAT, {**CHAT, "prompt": [{**USER, "x": deep}]}])]
+    with pytest.raises(DataError, match=r"rows\[1\]: is nested too deeply"):
+        _build(rows, "rows", None, False)
 
 
 def test_reference_log_probs_are_left_out_and_told(tmp_path, caplog):
@@ -180,8 +183,8 @@ def test_calls_of_different_functions_share_a_column(tmp_path):
     dataset = load_preferences(
         write_lines(tmp_path / "a.jsonl", [{**CHAT, "chosen": [CALL]}, {**CHAT, "chosen": [other]}])
     )
-    arguments = [for_template(row)[0]["tool_calls"][0]["function"]["arguments"] for row in dataset["chosen"]]
-    assert arguments == [{"at": 1}, {"at": "home", "by": [2]}]
+    calls = [for_template(row)[0]["tool_calls"][0] for row in dataset["chosen"]]
+    assert [call["function"]["arguments"] for call in calls] == [{"at": 1}, {"at": "home", "by": [2]}]
 
 
 def test_a_dataset_in_hand():

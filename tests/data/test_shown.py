@@ -204,5 +204,5 @@ def test_a_turn_that_cannot_be_left_open_is_a_bad_row(byte_tokenizer: Any) -> No
     tokenizer = byte_tokenizer("</s>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }} {{ m.content | lower }}{% endfor %}"
     row = {"prompt": [{**USER, "content": "X x"}, {**TALL, "content": "Qq"}], "chosen": [TALL], "rejected": [SMALL]}
-    with pytest.raises(DataError, match="which the chat template cannot leave open|shows nothing"):
+    with pytest.raises(DataError, match=r"which the chat template cannot leave open|shows nothing"):
         tokenized([row], tokenizer)

@@ -258,7 +258,7 @@ def test_wrong_input_is_one_sentence(merge: Merge, bases: dict[bool, str], tmp_p
 
 def test_tokens_that_an_adapter_trains_alone(merge: Merge, bases: dict[bool, str], tmp_path: Path):
     """The base grows to the adapter's tokenizer before the adapter goes over it: to merge, and to train further."""
-    model = AutoModelForCausalLM.from_pretrained(bases[False])
+    model: Any = AutoModelForCausalLM.from_pretrained(bases[False])
     rows = model.get_input_embeddings().weight.shape[0] + 3
     model.resize_token_embeddings(rows, mean_resizing=False)
     config = LoraConfig(
@@ -274,6 +274,6 @@ def test_tokens_that_an_adapter_trains_alone(merge: Merge, bases: dict[bool, str
     (adapter / "adapter_config.json").write_text(json.dumps(written))
     report = merging.merge_adapter(str(adapter), str(tmp_path / "merged"), base=bases[False])
     assert report["check"]["difference"] <= report["check"]["tolerance"]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.get_input_embeddings().weight.shape[0] == rows
     assert merged.config.vocab_size == rows

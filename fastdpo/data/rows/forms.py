@@ -1,260 +1,210 @@
-"""Forms of rows that are pairs under other names: each becomes a row in TRL's form, with one line that says how."""
+"""Rows of other tools -> TRL's columns (`prompt`, `chosen`, `rejected`), one function for each form.
+
+Each function takes a row and gives it back under TRL's columns, with what was done, or None where the row has another
+form. What it does not need stays in the row: `system`, `tools` and the rest are read afterwards. A row of the form that
+lacks something raises `RowError`. LLaMA-Factory's alpaca, sharegpt and openai rows, which a dataset_info.json may
+describe, are in `llama_factory.py`.
+"""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastdpo.data.errors import RowError
-from fastdpo.data.rows.messages import Message
+from fastdpo.data.rows.llama_factory import is_turn, message_of_turn
+from fastdpo.data.rows.messages import Message, check_text, is_message, parse_calls
+from fastdpo.data.rows.notes import Note
+from fastdpo.data.rows.ranked import best_against_worst, better_of_two
+from fastdpo.data.rows.row_parts import Row, Taken, answer, earlier_turns, user, without
 
-Row = Mapping[str, Any]
-
-
-class Form(NamedTuple):
-    """has: whether a row is of the form. pair: the row in TRL's form; raises `RowError`. note: says so, once."""
-
-    has: Callable[[Row], bool]
-    pair: Callable[[Row], Row]
-    note: str
+_QUESTIONS = ("question", "input", "query")
 
 
-def form_of(row: Row) -> Form | None:
-    return next((form for form in FORMS if form.has(row)), None)
+def known_form(row: Row) -> tuple[Row, tuple[Note, ...]]:
+    """The row under TRL's columns (or LLaMA-Factory's) and notes on what was done; raises `RowError`."""
+    notes: tuple[Note, ...] = ()
+    for column, forms in _FORMS.items():
+        if row.get(column) is not None:
+            continue
+        for form in forms:
+            taken = form(row)
+            if taken is not None:
+                row, note = taken
+                notes = (*notes, note) if note else notes
+    return row, notes
 
 
-def _with(*names: str) -> Callable[[Row], bool]:
-    """Rows that have something in all of these columns, and no pair under TRL's names."""
-    return lambda row: not _is_pair(row) and all(row.get(name) is not None for name in names)
+def _other_names(row: Row) -> Taken | None:
+    """`chosen_response`, `rejected_response` (Argilla), and LLaMA-Factory's `chosen_messages`, `rejected_messages`."""
+    for ending in ("_response", "_messages"):
+        chosen, rejected = f"chosen{ending}", f"rejected{ending}"
+        if row.get(chosen) is not None and row.get("chosen") is None:
+            if row.get(rejected) is None:
+                raise RowError(f"has `{chosen}` but no `{rejected}`")
+            pair = {"chosen": row[chosen], "rejected": row[rejected]}
+            return {**without(row, chosen, rejected), **pair}, _weight_note(pair)
+    return None
 
 
-def _is_pair(row: Row) -> bool:
-    return row.get("chosen") is not None and row.get("rejected") is not None
+def _weight_note(pair: Row) -> Note | None:
+    """LLaMA-Factory's `loss_weight` of a message, where it is not what is scored here: answers whole, prompts not."""
+    for messages in pair.values():
+        if not isinstance(messages, list):
+            continue
+        for index, message in enumerate(messages):
+            weight = message.get("loss_weight") if isinstance(message, Mapping) else None
+            last = index == len(messages) - 1
+            if weight is not None and weight != (1 if last else 0):
+                return Note(
+                    '`loss_weight` is not used: the answer is scored, and turns before it with scored_turns="all" only',
+                    lost=True,
+                )
+    return None
 
 
-def _rest(row: Row, *names: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in names}
+def _ms_swift(row: Row) -> Taken | None:
+    """ms-swift: `messages` (or `query`, `response`, `history`) with `rejected_response` or `rejected_messages`.
+
+    The last turn of `messages` is chosen; the rejected whole, or the rejected answer in its place, is beside it.
+    """
+    rejected = next((name for name in ("rejected_messages", "rejected_response") if row.get(name) is not None), None)
+    if rejected is None or row.get("chosen") is not None:
+        return None
+    column = next((name for name in ("messages", "conversations", "conversation") if row.get(name) is not None), None)
+    if column is not None:
+        messages = as_dialogue(row[column], column)
+        if all("human" in turn and "assistant" in turn for turn in messages):
+            messages = earlier_turns([[turn["human"], turn["assistant"]] for turn in messages], column)
+        if len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise RowError(f"`{column}` does not end with an assistant turn, which `{rejected}` is compared with")
+        rest = without(row, column, rejected)
+        worse = row[rejected]
+        if rejected == "rejected_messages" or (isinstance(worse, list) and len(worse) > 1):
+            pair = {"chosen": messages, "rejected": as_dialogue(worse, rejected)}
+        else:
+            rest["prompt"] = _with_calls(messages[:-1])
+            pair = {"chosen": messages[-1:], "rejected": _one_answer(worse, rejected)}
+        return {**rest, **{side: _with_calls(turns) for side, turns in pair.items()}}, None
+    better = next((name for name in ("response", "output") if row.get(name) is not None), None)
+    question = next((name for name in ("query", "instruction", "prompt") if row.get(name) is not None), None)
+    if better is None or question is None:
+        raise RowError(f"has `{rejected}`, but neither `messages` nor a question with its `response`")
+    rest = without(row, better, rejected)
+    if question == "instruction":  # alpaca: LLaMA-Factory's columns
+        check_text(row[rejected], rejected)
+        return {**rest, "chosen": row[better], "rejected": row[rejected]}, None
+    asked = row[question] if isinstance(row[question], list) else [user(row[question], question)]
+    prompt = [*earlier_turns(row.get("history"), "history"), *asked]
+    pair = {"chosen": _one_answer(row[better], better), "rejected": _one_answer(row[rejected], rejected)}
+    return {**without(rest, question, "history"), "prompt": prompt, **pair}, None
 
 
-def _answer(text: Any, place: str) -> list[Message]:
-    if not isinstance(text, str) or not text.strip():
-        raise RowError(f"`{place}` is {'empty' if isinstance(text, str) else type(text).__name__}; wanted text")
-    return [{"role": "assistant", "content": text}]
-
-
-def _question(text: Any, place: str) -> list[Message]:
-    if isinstance(text, list):
-        return text
-    if not isinstance(text, str) or not text.strip():
-        raise RowError(f"`{place}` is {'empty' if isinstance(text, str) else type(text).__name__}; wanted text")
-    return dialogue(text) if is_dialogue(text) else [{"role": "user", "content": text}]
-
-
-# ms-swift
-
-
-def _swift(row: Row) -> Row:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], Mapping):
-        raise RowError("`messages` is not a list of messages")
-    if messages[-1].get("role") != "assistant":
-        raise RowError("`messages` does not end with the assistant's turn, which is the chosen answer")
-    pair = _rest(row, "messages", "rejected_response", "rejected_messages")
-    if row.get("rejected_messages") is not None:
-        return {**pair, "chosen": messages, "rejected": row["rejected_messages"]}
-    rejected = row["rejected_response"]
-    rejected = rejected if isinstance(rejected, list) else _answer(rejected, "rejected_response")
-    return {**pair, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": rejected}
-
-
-def _old_swift(row: Row) -> Row:
-    turns: list[Message] = []
-    for turn in row.get("history") or []:
-        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
-            raise RowError("`history` is not a list of [user text, assistant text]")
-        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return {
-        **_rest(row, "query", "response", "rejected_response", "history"),
-        "prompt": [*turns, *_question(row["query"], "query")],
-        "chosen": _answer(row["response"], "response"),
-        "rejected": _answer(row["rejected_response"], "rejected_response"),
-    }
-
-
-# whole dialogues as text: HH-RLHF, Nectar
-
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
-
-
-def is_dialogue(text: Any) -> bool:
-    """Whether a text is turns of "Human: " and "Assistant: ", each after an empty line."""
-    return isinstance(text, str) and re.match(r"\s*Human: ?", text) is not None and "\n\nAssistant:" in text
-
-
-def dialogue(text: str) -> list[Message]:
-    """Its turns as messages; a last turn of nobody's words is left out. Raises `RowError`."""
-    parts = _TURN.split("\n\n" + text.lstrip())[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[speaker], "content": words.strip()}
-        for speaker, words in zip(parts[::2], parts[1::2], strict=True)
+def as_dialogue(value: Any, place: str) -> list[Any]:
+    """A list of messages, sharegpt turns as messages, others as they are; raises `RowError`."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"`{place}` is {'empty' if value == [] else type(value).__name__}; wanted a list of messages")
+    if not all(isinstance(message, Mapping) for message in value):
+        raise RowError(f"`{place}` is not a list of messages")
+    return [
+        message_of_turn(message, f"{place}[{index}]") if is_turn(message) else message
+        for index, message in enumerate(value)
     ]
-    if not turns[-1]["content"]:
-        turns.pop()
+
+
+def _one_answer(value: Any, place: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [value] if is_message(value) else [answer(value, place)]
+
+
+def _with_calls(messages: list[Any]) -> list[Any]:
+    """ms-swift's roles `tool_call` (JSON text of a call; several in a row are one turn) and `tool_response`."""
+    turns: list[Any] = []
+    calling = False
+    for index, message in enumerate(messages):
+        role = message["role"] if is_message(message) else None
+        if role == "tool_call":
+            calls = parse_calls(message.get("content"), f"messages[{index}].content")
+            if calling:
+                turns[-1]["tool_calls"] += calls
+            else:
+                turns.append({**message, "role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            turns.append({**message, "role": "tool"} if role == "tool_response" else message)
+        calling = role == "tool_call"
     return turns
 
 
-# several answers, ranked or scored
+def _two_outputs(row: Row) -> Taken | None:
+    """LLaMA-Factory's older alpaca: `output` is [chosen, rejected]."""
+    pair = row.get("output")
+    if "instruction" not in row or not isinstance(pair, list) or row.get("chosen") is not None:
+        return None
+    if len(pair) != 2:
+        raise RowError(f"`output` is a list of {len(pair)}; wanted [chosen, rejected]")
+    for index, text in enumerate(pair):
+        check_text(text, f"output[{index}]")
+    return {**without(row, "output"), "chosen": pair[0], "rejected": pair[1]}, None
 
 
-def _best_and_worst(answers: Sequence[Any], scores: Sequence[Any], place: str, lower_is_better: bool = False) -> Row:
-    """The answers with the best and the worst score as `chosen` and `rejected`."""
-    if len(answers) != len(scores):
-        raise RowError(f"`{place}` has {len(answers)} answers and {len(scores)} scores")
-    rated = [(float(score), answer) for score, answer in zip(scores, answers, strict=True) if _is_number(score)]
-    if len(rated) < 2:
-        raise RowError(f"`{place}` has {len(rated)} answers with a score; wanted two or more")
-    best, worst = max(rated, key=lambda pair: pair[0]), min(rated, key=lambda pair: pair[0])
-    if best[0] == worst[0]:
-        raise RowError(f"`{place}`: all answers have the score {best[0]:g}, so none is better")
-    best, worst = (worst, best) if lower_is_better else (best, worst)
-    return {"chosen": _answer(best[1], place), "rejected": _answer(worst[1], place)}
+def _question_and_system(row: Row) -> Taken | None:
+    """Intel's orca_dpo_pairs and its like: `system` beside `question` (or `input`, `query`) and two texts."""
+    if "system" not in row or row.get("prompt") is not None or "instruction" in row:
+        return None
+    name = next((name for name in _QUESTIONS if isinstance(row.get(name), str)), None)
+    if name is None or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+        return None
+    pair = {side: [answer(row[side], side)] for side in ("chosen", "rejected")}
+    note = Note(f"`{name}` and the answers beside `system` became messages")
+    return {**without(row, name), "prompt": [user(row[name], name)], **pair}, note
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or value is None:
-        return False
-    try:
-        return float(value) == float(value)
-    except (TypeError, ValueError):
-        return False
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-_SCORES = ("overall_score", "fine-grained_score", "score", "rating", "rank")
-
-
-def _completions(row: Row) -> Row:
-    """UltraFeedback: `completions` with `response` and a score; Nectar: `answers` with `answer` and `rank`."""
-    column, text = ("completions", "response") if row.get("completions") is not None else ("answers", "answer")
-    answers = row[column]
-    score = next(name for name in _SCORES if any(_is_number(answer.get(name)) for answer in answers))
-    pair = _best_and_worst(
-        [answer.get(text) for answer in answers], [answer.get(score) for answer in answers], column, score == "rank"
-    )
-    asked = "prompt" if row.get("prompt") is not None else "instruction"
-    return {**_rest(row, column, asked), "prompt": _question(row[asked], asked), **pair}
-
-
-def _has_completions(row: Row) -> bool:
-    for column, text in (("completions", "response"), ("answers", "answer")):
-        answers = row.get(column)
-        if not _is_pair(row) and isinstance(answers, list) and answers:
-            rated = all(isinstance(answer, Mapping) and text in answer for answer in answers)
-            named = row.get("prompt") is not None or row.get("instruction") is not None
-            return rated and named and any(_is_number(answer.get(name)) for answer in answers for name in _SCORES)
-    return False
-
-
-_ANSWERS = ("generations", "responses", "completions", "answers", "outputs")
-_RATINGS = {"ratings": False, "scores": False, "rewards": False, "ranks": True, "rankings": True, "rank": True}
-
-
-def _lists(row: Row) -> tuple[str, str, str] | None:
-    """The columns of a question, of several answers as texts, and of their ratings or ranks."""
-    asked = next((name for name in ("prompt", "instruction", "question") if row.get(name) is not None), None)
-    answers = next((name for name in _ANSWERS if _is_list_of(row.get(name), str)), None)
-    rated = next((name for name in _RATINGS if isinstance(row.get(name), list)), None)
-    return None if asked is None or answers is None or rated is None else (asked, answers, rated)
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, kind) for item in value)
-
-
-def _rated_lists(row: Row) -> Row:
-    columns = _lists(row)
-    assert columns is not None
-    asked, answers, rated = columns
-    pair = _best_and_worst(row[answers], row[rated], answers, lower_is_better=_RATINGS[rated])
-    return {**_rest(row, *columns), "prompt": _question(row[asked], asked), **pair}
-
-
-def _safe_rlhf(row: Row) -> Row:
-    verdicts = (row.get(name) for name in ("better_response_id", "safer_response_id"))
-    better = next((verdict for verdict in verdicts if verdict is not None), None)
-    if better not in (0, 1):
-        raise RowError(f"`better_response_id` is {better!r}; wanted 0 or 1")
-    names = ("response_0", "response_1")
-    return {
-        **_rest(row, *names),
-        "prompt": _question(row["prompt"], "prompt"),
-        "chosen": _answer(row[names[better]], names[better]),
-        "rejected": _answer(row[names[1 - better]], names[1 - better]),
-    }
-
-
-# a pair under other names
-
-
-def _renamed(chosen: str, rejected: str) -> Form:
-    return Form(
-        _with(chosen, rejected),
-        lambda row: {**_rest(row, chosen, rejected), "chosen": row[chosen], "rejected": row[rejected]},
-        f"`{chosen}` and `{rejected}` are the pair",
+def _two_dialogues(row: Row) -> Taken | None:
+    """HH-RLHF: both whole dialogues as text, `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if row.get("prompt") is not None or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return None
+    dialogues = {"chosen": parse_dialogue(chosen), "rejected": parse_dialogue(rejected)}
+    if None in dialogues.values():
+        return None
+    return {**row, **dialogues}, Note(
+        "dialogues in text (Human: ..., Assistant: ...) became messages of user and assistant"
     )
 
 
-def _asked_in_question(row: Row) -> bool:
-    texts = all(isinstance(row.get(name), str) for name in ("question", "chosen", "rejected"))
-    return texts and row.get("prompt") is None
+def parse_dialogue(text: str) -> list[Message] | None:
+    """`Human: ...\\n\\nAssistant: ...` as messages; None for other text."""
+    text = text.strip()
+    if not text.startswith("Human:") or "\n\nAssistant:" not in text:
+        return None
+    pieces = _SPEAKER.split(text)[1:]
+    return [
+        {"role": _ROLES[speaker], "content": said.strip()}
+        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
 
 
-def _question_and_answers(row: Row) -> Row:
-    sides = {side: _answer(row[side], side) for side in ("chosen", "rejected")}
-    return {**_rest(row, "question"), "prompt": _question(row["question"], "question"), **sides}
+def _ranked_answers(row: Row) -> Taken | None:
+    """Rows with several scored answers; see `ranked.py`."""
+    taken = best_against_worst(row) or better_of_two(row)
+    if taken is None:
+        return None
+    row, note = taken
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        dialogue = parse_dialogue(prompt) or [user(prompt, "prompt")]
+        if dialogue[-1] == {"role": "assistant", "content": ""}:
+            dialogue = dialogue[:-1]
+        row = {**row, "prompt": dialogue}
+    return row, note
 
 
-def _is_two_outputs(row: Row) -> bool:
-    outputs = row.get("output")
-    two = isinstance(outputs, list) and len(outputs) == 2 and _is_list_of(outputs, str)
-    return two and not _is_pair(row) and row.get("instruction") is not None
-
-
-def _is_two_dialogues(row: Row) -> bool:
-    return row.get("prompt") is None and is_dialogue(row.get("chosen")) and is_dialogue(row.get("rejected"))
-
-
-# the first that fits is taken
-FORMS = (
-    Form(
-        lambda row: _with("messages", "rejected_response")(row) or _with("messages", "rejected_messages")(row),
-        _swift,
-        "the last turn of `messages` is the chosen answer (ms-swift's form)",
-    ),
-    Form(
-        _with("query", "response", "rejected_response"), _old_swift, "`response` is the chosen answer (ms-swift's form)"
-    ),
-    _renamed("chosen_messages", "rejected_messages"),
-    _renamed("chosen_response", "rejected_response"),
-    Form(
-        _with("prompt", "response_0", "response_1"),
-        _safe_rlhf,
-        "`better_response_id` says which response is chosen, or `safer_response_id` where there is no other",
-    ),
-    Form(_has_completions, _completions, "of several answers the best is chosen and the worst rejected"),
-    Form(
-        lambda row: not _is_pair(row) and _lists(row) is not None,
-        _rated_lists,
-        "of several answers the best is chosen and the worst rejected",
-    ),
-    Form(
-        _is_two_outputs,
-        lambda row: {**_rest(row, "output"), "chosen": row["output"][0], "rejected": row["output"][1]},
-        "the first text in `output` is chosen, the second rejected",
-    ),
-    Form(
-        _is_two_dialogues,
-        lambda row: {**row, **{side: dialogue(row[side]) for side in ("chosen", "rejected")}},
-        "turns of Human and Assistant are made messages",
-    ),
-    Form(_asked_in_question, _question_and_answers, "`question` is what the user asks"),
-)
+# the column that rows of these forms lack -> the forms, in this order: what one gives, the next may take
+_FORMS: dict[str, tuple[Callable[[Row], Taken | None], ...]] = {
+    "chosen": (_other_names, _ms_swift, _two_outputs, _ranked_answers),
+    "prompt": (_question_and_system, _two_dialogues),
+}

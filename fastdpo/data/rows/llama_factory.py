@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.errors import DataError, RowError
-from fastdpo.data.rows.messages import Message, check_text, joined_parts, parse_tools, with_system
+from fastdpo.data.rows.columns import with_system
+from fastdpo.data.rows.messages import Message, check_text, clean_message, parse_calls, parse_tools
+from fastdpo.data.rows.row_parts import earlier_turns
 from fastdpo.wording import why_not_json
 
 _SHAREGPT_TAGS = {
@@ -27,12 +29,6 @@ _OPENAI_TAGS = {
     "observation_tag": "tool",
     "function_tag": "function_call",
     "system_tag": "system",
-}
-# in rows of `from` and `value` by other tools' hands
-_OTHER_ROLES = {
-    **dict.fromkeys(("user", "User", "Human"), "user"),
-    **dict.fromkeys(("assistant", "chatgpt", "bing", "bard", "model", "bot", "GPT", "Assistant"), "assistant"),
-    **dict.fromkeys(("tool", "function_response"), "tool"),
 }
 _DEFAULT_COLUMNS = {
     "prompt": "instruction",
@@ -66,6 +62,12 @@ class Columns:
     def column(self, part: str) -> str | None:
         return {**_REQUIRED_COLUMNS, **(self.names or _DEFAULT_COLUMNS)}.get(part)
 
+    @property
+    def read(self) -> set[str]:
+        """The columns that this layout reads beside the pair."""
+        parts = ("prompt", "query", "history") if self.formatting == "alpaca" else ("messages",)
+        return {str(self.column(part)) for part in (*parts, "system", "tools")}
+
     def get(self, row: Mapping[str, Any], part: str) -> Any:
         column = self.column(part)
         return row.get(column) if column else None
@@ -83,14 +85,16 @@ class Columns:
         return self.tags.get(name) or defaults[name]
 
 
+_SHAREGPT = Columns("sharegpt")
+
+
 def detect_columns(row: Mapping[str, Any]) -> Columns | None:
     """Where a row keeps its parts that is LLaMA-Factory's without saying so; None for TRL's formats."""
     if row.get("prompt") is not None:
         return None
-    # `messages` beside answers that are single turns; TRL's rows may have it as metadata
     column = "conversations" if "conversations" in row else "messages"
     turns = row.get(column)
-    if turns is not None and (column == "conversations" or isinstance(row.get("chosen"), Mapping)):
+    if turns is not None and (column == "conversations" or _is_answered(turns, row.get("chosen"))):
         first = turns[0] if isinstance(turns, list) and turns else None
         openai = isinstance(first, Mapping) and "role" in first
         return Columns("openai" if openai else "sharegpt", {**_DEFAULT_COLUMNS, "messages": column})
@@ -99,37 +103,57 @@ def detect_columns(row: Mapping[str, Any]) -> Columns | None:
     return None
 
 
-def messages_from_row(row: Mapping[str, Any], columns: Columns, notes: list[str]) -> dict[str, Any]:
-    """One ranking row -> `prompt`, `chosen`, `rejected` as lists of messages, and `tools`.
+def _is_answered(turns: Any, chosen: Any) -> bool:
+    """Whether `chosen` answers `messages`. TRL's rows of whole dialogues may have the column as metadata."""
+    if isinstance(chosen, list) and chosen:
+        chosen = chosen[0]
+        return isinstance(chosen, Mapping) and chosen.get("role", chosen.get("from")) in ("assistant", "gpt")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    asked = isinstance(last, Mapping) and last.get("role", last.get("from")) in ("user", "human", "tool", "observation")
+    return isinstance(chosen, Mapping) or (asked and isinstance(chosen, str))
+
+
+def is_turn(value: Any) -> bool:
+    """Whether this is a sharegpt turn."""
+    return isinstance(value, Mapping) and "from" in value and "value" in value and "role" not in value
+
+
+def message_of_turn(turn: Any, place: str) -> Message:
+    """A sharegpt turn as a message; raises `RowError`."""
+    return _message(turn, place, _SHAREGPT)
+
+
+def messages_from_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """One ranking row -> `prompt`, `chosen`, `rejected` as lists of messages, `tools` and `notes`.
 
     alpaca: the prompt is instruction + newline + input (if any) as a user message, after `history` (pairs of
     user and assistant texts) and `system`; chosen and rejected are texts and become assistant messages, since
     LLaMA-Factory puts them through a chat template. sharegpt and openai: an odd number of turns after an
-    optional system turn, the last one by the user (or a tool), and one answer each in chosen and rejected. Turns keep
-    the keys that they came with.
+    optional system turn, the last one by the user (or a tool), and an answer each in chosen and rejected: a text, a
+    turn, or a list of turns. A turn keeps its other keys.
 
-    notes: gets what is to be said of the row. Raises `RowError` with the reason.
+    Raises `RowError` with the reason.
     """
     if columns.formatting == "alpaca":
         prompt = _alpaca_prompt(row, columns)
-        answers = [_alpaca_answer(columns.require(row, side), columns.column(side)) for side in ("chosen", "rejected")]
+        answers = [
+            [_alpaca_answer(columns.require(row, side), columns.column(side))] for side in ("chosen", "rejected")
+        ]
     else:
         prompt = _conversation(row, columns)
-        answers = [_turn_answer(columns.require(row, side), side, columns) for side in ("chosen", "rejected")]
+        answers = [_turn_answers(columns.require(row, side), side, columns) for side in ("chosen", "rejected")]
+    prompt, notes = with_system(prompt, columns.get(row, "system"), str(columns.column("system")))
     return {
-        "prompt": with_system(prompt, columns.get(row, "system"), str(columns.column("system")), notes),
-        "chosen": [answers[0]],
-        "rejected": [answers[1]],
+        "prompt": prompt,
+        "chosen": answers[0],
+        "rejected": answers[1],
         "tools": _wrap_tools(columns.get(row, "tools")),
+        "notes": notes,
     }
 
 
 def _alpaca_prompt(row: Mapping[str, Any], columns: Columns) -> list[Message]:
-    messages: list[Message] = []
-    for turn in columns.get(row, "history") or []:
-        if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise RowError(f"`{columns.column('history')}` is not a list of [user text, assistant text]")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    messages = earlier_turns(columns.get(row, "history"), str(columns.column("history")))
     parts = [columns.require(row, "prompt"), columns.get(row, "query")]
     for part, text in zip(("prompt", "query"), parts, strict=True):
         if text is not None:
@@ -169,18 +193,18 @@ def _conversation(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     return messages
 
 
-def _turn_answer(value: Any, side: str, columns: Columns) -> Message:
-    column = columns.column(side)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+def _turn_answers(value: Any, side: str, columns: Columns) -> list[Message]:
+    column = str(columns.column(side))
     if isinstance(value, str):
-        return _text_answer(value, str(column))
-    message = _message(value, str(column), columns)
+        return [_text_answer(value, column)]
+    if isinstance(value, list) and value:
+        return [_message(turn, f"{column}[{index}]", columns) for index, turn in enumerate(value)]
+    message = _message(value, column, columns)
     if message["role"] != "assistant":
         raise RowError(f"`{column}` is a {message['role']} turn; wanted an assistant turn")
     if not message["content"].strip() and not message.get("tool_calls"):
         raise RowError(f"`{column}.{columns.tag('content_tag')}` is empty")
-    return message
+    return [message]
 
 
 def _message(turn: Any, place: str, columns: Columns) -> Message:
@@ -195,40 +219,13 @@ def _message(turn: Any, place: str, columns: Columns) -> Message:
         columns.tag("function_tag"): "assistant",
         columns.tag("system_tag"): "system",
     }
-    others = {} if columns.tags or columns.formatting == "openai" else _OTHER_ROLES
-    if role not in roles and role not in others:
+    if role not in roles:
         raise RowError(f"`{place}.{role_tag}` is {role!r}; wanted one of {', '.join(roles)}")
-    rest = {key: value for key, value in turn.items() if key not in (role_tag, content_tag)}
+    rest = {name: item for name, item in turn.items() if name not in (role_tag, content_tag, "role", "content")}
     if role == columns.tag("function_tag"):
-        calls = _tool_calls(content, f"{place}.{content_tag}")
+        calls = parse_calls(content, f"{place}.{content_tag}")
         return {"role": "assistant", "content": "", **rest, "tool_calls": calls}
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    content = joined_parts(content, f"{place}.{content_tag}")
-    check_text(content, f"{place}.{content_tag}")
-    return {"role": roles.get(role) or others[role], "content": content, **rest}
-
-
-def sharegpt_messages(turns: list[Any], place: str) -> list[Any]:
-    """Turns of `from` and `value` as messages; others as they are. Raises `RowError`."""
-    columns = Columns("sharegpt")
-    return [
-        _message(turn, f"{place}[{index}]", columns)
-        if isinstance(turn, Mapping) and "from" in turn and "role" not in turn
-        else turn
-        for index, turn in enumerate(turns)
-    ]
-
-
-def _tool_calls(text: Any, place: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(text)
-        calls = calls if isinstance(calls, list) else [calls]
-        return [
-            {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls
-        ]
-    except (TypeError, KeyError, ValueError, RecursionError):
-        raise RowError(f"`{place}` is not JSON text of a call with `name` and `arguments`") from None
+    return clean_message({"role": roles[role], "content": content, **rest}, place, content_tag)
 
 
 def _wrap_tools(value: Any) -> list[Any] | None:

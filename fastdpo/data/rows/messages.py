@@ -2,21 +2,20 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from datetime import date
+from typing import Any, TypeGuard
 
 from fastdpo.data.errors import RowError
 from fastdpo.wording import why_not_json
 
 Message = dict[str, Any]
 
+# In front of JSON text that stands for a value of a message which is no text. A column of Arrow structs would give
+# every message every other message's keys at any depth, and one type to each key; texts have neither trouble.
+MARK = "fastdpo-json:"
+_PLAIN = ("role", "content")  # always text, stored as it is
 # the arguments of `apply_chat_template` that tokenization passes itself
 _OWN_OPTIONS = {"conversation", "tokenize", "return_dict", "add_generation_prompt"}
-# In an Arrow column a free-form value would get every other row's keys, as nulls. So a message's value that is no text
-# is stored as JSON text behind this mark, with which no text begins.
-_MARK = "\x1fjson:"
-# deeper than this is no tool call, and Python's own functions go not much deeper
-_DEEPEST = 200
-_MEDIA_PARTS = ("image", "image_url", "video", "audio", "input_audio", "document")
 
 
 def check_text(value: Any, place: str, expected: str = "text") -> None:
@@ -31,93 +30,113 @@ def check_text(value: Any, place: str, expected: str = "text") -> None:
         raise RowError(f"`{place}` has half a surrogate pair at character {error.start}, which is no text") from None
 
 
-def clean_messages(messages: list[Any], name: str) -> list[Message]:
-    """Check `role` and `content` (text, or parts that are text; optional beside `tool_calls`); raises `RowError`.
+def is_message(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str)
 
-    A message keeps every key that it came with, and the nulls inside their values. A key whose value is null is as good
-    as absent, and is left out.
+
+def clean_messages(messages: list[Any], name: str) -> list[Message]:
+    """Messages as the chat template gets them, whether they are new or stored; raises `RowError`.
+
+    Every key is kept. A key of a message itself that is null counts as absent; nulls inside values stay. `content`
+    is text (optional beside `tool_calls`); a list of text parts is joined. The arguments of tool calls are objects,
+    also where they came as JSON text.
     """
-    cleaned = []
-    for index, message in enumerate(messages):
-        place = f"{name}[{index}]"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError(f"`{place}` is not a message with `role` and `content`")
-        # opened: a row that was normalized before, and changed since
-        message = {key: _opened(value) for key, value in message.items() if value is not None}
-        calls = message.get("tool_calls") or []
-        content = joined_parts(message.get("content", "" if calls else None), f"{place}.content")
-        check_text(content, f"{place}.content")
-        if not isinstance(calls, list):
-            raise RowError(f"`{place}.tool_calls` is not a list of calls with a `name`")
-        for call in calls:
-            _check_call(call, f"{place}.tool_calls")
-        cleaned.append({**message, "content": content})
+    return [clean_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
+
+
+def clean_message(message: Any, place: str, content_name: str = "content") -> Message:
+    """The same for one message. content_name: what the row calls its content."""
+    if not is_message(message):
+        raise RowError(f"`{place}` is not a message with `role` and `content`")
+    cleaned = {name: value for name, value in message.items() if value is not None}
+    if not _is_plain(cleaned):
+        cleaned = _open_values(cleaned, place)
+    content = cleaned.get("content", "" if cleaned.get("tool_calls") else None)
+    if isinstance(content, list):
+        content, more = _open_parts(content, f"{place}.{content_name}")
+        twice = more.keys() & cleaned.keys()
+        if twice:
+            raise RowError(f"`{place}` has `{min(twice)}` twice, as a key and as a part of `{content_name}`")
+        cleaned |= more
+    check_text(content, f"{place}.{content_name}")
+    cleaned["content"] = content
     return cleaned
 
 
-def joined_parts(content: Any, place: str) -> Any:
-    """Content in parts that are all text (`{"type": "text", "text": ...}`) as one text; anything else as it is.
+def join_parts(parts: list[Any], place: str) -> str:
+    """The text of content parts (`{"type": "text", "text": ...}`); raises `RowError` for parts of another type."""
+    if not parts:
+        raise RowError(f"`{place}` is an empty list; wanted text")
+    return "".join(_part_text(part, f"{place}[{index}]") for index, part in enumerate(parts))
 
-    Raises `RowError` for a part that is no text.
-    """
-    parts = [content] if isinstance(content, Mapping) else content
-    if not isinstance(parts, list):
-        return content
-    texts = []
+
+def _open_parts(parts: list[Any], place: str) -> tuple[str, Message]:
+    """The text of content parts, and what is a key of its own: LLaMA-Factory's `reasoning` and `tool_call` parts."""
+    kinds: dict[str, list[tuple[str, Any]]] = {"reasoning": [], "tool_call": [], "text": []}
     for index, part in enumerate(parts):
-        if not isinstance(part, Mapping):
-            raise RowError(f"`{place}` is {type(content).__name__}; wanted text, or parts that are text")
-        # LLaMA-Factory's newer form has `value`
-        kind, text = part.get("type", "text"), part.get("text", part.get("value"))
-        if kind != "text" or not isinstance(text, str):
-            what = f"a part of type {kind!r}" if kind != "text" else "a part without text"
-            raise RowError(f"`{place}[{index}]` is {what}; {ONLY_TEXT if kind in _MEDIA_PARTS else 'wanted text'}")
-        texts.append(text)
-    return "".join(texts)
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        kinds[kind if kind in ("reasoning", "tool_call") else "text"].append((f"{place}[{index}]", part))
+    more: Message = {}
+    if kinds["reasoning"]:
+        more["reasoning_content"] = "".join(_part_text(part, at, "reasoning") for at, part in kinds["reasoning"])
+    if kinds["tool_call"]:
+        more["tool_calls"] = [call for at, part in kinds["tool_call"] for call in parse_calls(part.get("value"), at)]
+    if not parts:
+        raise RowError(f"`{place}` is an empty list; wanted text")
+    return "".join(_part_text(part, at) for at, part in kinds["text"]), more
 
 
-def with_system(prompt: list[Message], system: Any, column: str, notes: list[str]) -> list[Message]:
-    """The prompt after a `system` column: text, content in parts, a system message or a list of one.
+def _part_text(part: Any, place: str, wanted: str = "text") -> str:
+    if not isinstance(part, Mapping):
+        whole = place.rpartition("[")[0]
+        raise RowError(f'`{whole}` is list; wanted text, or parts such as {{"type": "text", "text": "..."}}')
+    kind = part.get("type", "text")
+    if kind != wanted:
+        raise RowError(
+            f"`{place}` is a part of type {kind!r}, and only text is trained here (not models of "
+            "AutoModelForImageTextToText); take such rows out"
+        )
+    text = part["text"] if part.get("text") is not None else part.get("value")
+    check_text(text, f"{place}.text")
+    return str(text)
 
-    Messages that begin with a system turn keep theirs; a column that says something else is named in `notes`. Raises
-    `RowError`.
+
+def pack_messages(messages: list[Message], name: str) -> list[dict[str, str]]:
+    """Messages for an Arrow column: each value is text, others as JSON text after `MARK`. `for_template` opens them.
+
+    Raises `RowError` for a value that JSON does not have.
     """
-    if not system:
-        return prompt
-    if isinstance(system, list) and len(system) == 1 and isinstance(system[0], Mapping) and "role" in system[0]:
-        system = system[0]
-    if isinstance(system, Mapping) and "role" in system:
-        if system["role"] not in ("system", "developer"):
-            raise RowError(f"`{column}` is a {system['role']} turn; wanted a system turn")
-        (message,) = clean_messages([system], column)
-    else:
-        content = joined_parts(system, column)
-        check_text(content, column)
-        message = {"role": "system", "content": content}
-    if not prompt or prompt[0].get("role") != "system":
-        return [message, *prompt]
-    if prompt[0].get("content") != message["content"]:
-        notes.append(f"`{column}` is not used, since the messages begin with a system turn of their own")
-    return prompt
+    return [
+        message
+        if _is_plain(message)
+        else {key: _pack(key, value, f"{name}[{index}]") for key, value in message.items()}
+        for index, message in enumerate(messages)
+    ]
 
 
-ONLY_TEXT = "only text is trained here, and images, videos and sounds take a model of AutoModelForImageTextToText"
+def for_template(messages: list[Message]) -> list[Message]:
+    """Stored messages as chat templates expect them: what was written, without the keys of other messages."""
+    opened = []
+    for message in messages:
+        message = {name: value for name, value in message.items() if value is not None}
+        opened.append(message if _is_plain(message) else _open_values(message, "messages"))
+    return opened
 
 
-def parse_tools(value: Any, column: str = "tools") -> list[Any] | None:
+def parse_tools(value: Any) -> list[Any] | None:
     """The tools that the template shows, from a list or its JSON text; raises `RowError`."""
     if not value:
         return None
     try:
         tools = json.loads(value) if isinstance(value, str) else value
-        if isinstance(tools, list):  # each may be JSON text of its own
+        if isinstance(tools, list):
             tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
     except (ValueError, RecursionError) as error:
-        raise RowError(f"`{column}` holds {why_not_json(error)}") from None
+        raise RowError(f"`tools` holds {why_not_json(error)}") from None
     if tools is None:  # the JSON text of nothing
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError(f"`{column}` is not a list of function descriptions, nor its JSON text")
+        raise RowError("`tools` is not a list of function descriptions, nor its JSON text")
     return tools or None
 
 
@@ -137,77 +156,92 @@ def parse_template_options(value: Any) -> dict[str, Any] | None:
     return dict(options)
 
 
-def to_json(value: Any) -> str | None:
-    """JSON text for a free-form object: in an Arrow column each row would get every row's keys."""
-    return value if value is None or isinstance(value, str) else _json(value)
+def to_json(value: Any, place: str) -> str | None:
+    """JSON text for a free-form object (None for None): an Arrow column would give each row every row's keys."""
+    if value is None:
+        return None
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_as_json)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"`{place}` cannot be stored as JSON ({error})") from None
+    check_text(text, place)
+    return text
 
 
 def from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def stored_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as columns of texts; `for_template` opens them again. Raises `RowError` for what cannot be stored."""
-    return [{key: _stored(value, key) for key, value in message.items()} for message in messages]
+def parse_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls from JSON text of one `{"name", "arguments"}` or a list of them; raises `RowError`."""
+    try:
+        calls = from_json(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        return [
+            {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls
+        ]
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise RowError(f"`{place}` is not JSON text of a call with `name` and `arguments`") from None
 
 
-def for_template(messages: list[Message]) -> list[Message]:
-    """Messages as chat templates expect them: no key with a null, the arguments of tool calls as objects."""
-    opened = []
-    for message in messages:
-        message = {key: _opened(value) for key, value in message.items() if value is not None}
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_opened_call(call) for call in message["tool_calls"]]
-        opened.append(message)
+def _is_plain(message: Message) -> bool:
+    """Whether there is nothing beside role and content."""
+    return len(message) == 2 and "content" in message
+
+
+def _as_json(value: Any) -> Any:
+    """What Arrow and numpy hold and JSON does not: dates and arrays."""
+    if isinstance(value, date):  # datetime too
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"it holds {type(value).__name__}")
+
+
+def _pack(key: str, value: Any, place: str) -> str:
+    if isinstance(value, str) and (key in _PLAIN or not value.startswith(MARK)):
+        check_text(value, f"{place}.{key}")
+        return value
+    return f"{MARK}{to_json(value, f'{place}.{key}')}"
+
+
+def _open_values(message: Message, place: str) -> Message:
+    opened = {name: value if name in _PLAIN else _open(value) for name, value in message.items()}
+    if opened.get("tool_calls"):
+        opened["tool_calls"] = _open_calls(opened["tool_calls"], f"{place}.tool_calls")
     return opened
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _stored(value: Any, key: str) -> str:
-    if isinstance(value, str) and not value.startswith(_MARK):
-        text = value
-    else:
-        text = _MARK + _json(value)
-        if _depth(value) > _DEEPEST:
-            raise RowError("is nested too deeply")
-    check_text(text, key)
-    return text
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists are in each other."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, Mapping | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, Mapping) else item)]
-    return depth
-
-
-def _opened(value: Any) -> Any:
-    if not isinstance(value, str) or not value.startswith(_MARK):
+def _open(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(MARK):
         return value
     try:
-        return json.loads(value.removeprefix(_MARK))
-    except ValueError:  # not ours
+        return json.loads(value[len(MARK) :])
+    except ValueError:  # somebody's text that begins so; it is packed like a value that is no text
         return value
 
 
-def _check_call(call: Any, place: str) -> None:
+def _open_calls(calls: Any, place: str) -> list[Any]:
+    try:
+        calls = from_json(calls)
+    except ValueError:
+        calls = None
+    if not isinstance(calls, list):
+        raise RowError(f"`{place}` is not a list of calls with a `name`")
+    return [_open_call(call, place) for call in calls]
+
+
+def _open_call(call: Any, place: str) -> Message:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
         raise RowError(f"`{place}` is not a list of calls with a `name`")
     arguments = function.get("arguments")
-    if arguments and isinstance(arguments, str):
+    if arguments is None or arguments == "":
+        arguments = {}
+    elif isinstance(arguments, str):
         try:
-            json.loads(arguments)
+            arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise RowError(f"`{place}` has arguments that are not JSON: {arguments[:40]!r}") from None
-
-
-def _opened_call(call: Message) -> Message:
-    function = call.get("function", call)
-    function = {**function, "arguments": from_json(function.get("arguments") or {})}
+    function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function

@@ -6,18 +6,14 @@ from typing import Any
 
 from fastdpo.data.errors import RowError
 from fastdpo.data.rows.cells import open_cells
-from fastdpo.data.rows.forms import form_of
-from fastdpo.data.rows.llama_factory import Columns, detect_columns, messages_from_row, sharegpt_messages
-from fastdpo.data.rows.messages import ONLY_TEXT, Message, check_text, clean_messages, parse_tools, with_system
+from fastdpo.data.rows.columns import refuse_media, system_messages, unread_columns, with_system
+from fastdpo.data.rows.forms import known_form
+from fastdpo.data.rows.llama_factory import Columns, detect_columns, is_turn, message_of_turn, messages_from_row
+from fastdpo.data.rows.messages import Message, check_text, clean_message, is_message, parse_tools
+from fastdpo.data.rows.notes import Note
 from fastdpo.data.rows.unpaired import is_unpaired
 
 SIDES = ("chosen", "rejected")
-# columns that would change what is trained, were they read: under these names nothing reads them
-_MISNAMED = {
-    **dict.fromkeys(("system_prompt", "system_message", "sys_prompt"), "system"),
-    **dict.fromkeys(("functions", "available_tools", "tool_list", "tool_schemas"), "tools"),
-}
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # columns that hold what the model is asked; a row of texts that has one and no `prompt` would lose it
 _PROMPT_LIKE = ("question", "query", "input", "context", "messages", "history")
 
@@ -26,15 +22,15 @@ _PROMPT_LIKE = ("question", "query", "input", "context", "messages", "history")
 class Preference:
     """One preference pair: all three text, or all three lists of messages (`role`, `content`, ...).
 
-    `tools` are the tools that the chat template shows, a list of function descriptions. `notes` say what of the row is
-    not used, or how it became a pair.
+    `tools` are the tools that the chat template shows, a list of function descriptions. `notes` say what was done to
+    the row, and what of it is not used.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
     tools: list[Any] | None = None
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False)
 
     @property
     def conversational(self) -> bool:
@@ -47,47 +43,42 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
     - TRL standard and conversational, with `prompt`, or without it (the prompt is what chosen and rejected
       begin with in common: whole messages, or characters).
     - A text `prompt` beside lists of messages: it becomes the user message, unless the messages hold it
-      already. Messages that begin with the whole `prompt` on both sides are not asked twice.
+      already. Answers that begin with the whole `prompt` on both sides are not asked twice.
     - LLaMA-Factory's alpaca (`instruction`), sharegpt and openai (`conversations`) ranking rows, recognised
       by their columns or described by `columns`. They become messages, since LLaMA-Factory applies a template
       to them.
     - minimind's dpo.jsonl (chosen and rejected lists of messages).
-    - What `forms.FORMS` lists: a pair under other names, several answers with scores, dialogues as text.
+    - The forms of other tools in `forms.py`. Sharegpt turns (`from`, `value`) may stand wherever messages may.
 
-    Content in parts that are all text is joined; a list of messages may be JSON text.
+    Messages keep every key that they came with.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"is {type(row).__name__}; wanted an object with `chosen` and `rejected`")
     row = open_cells(row)
-    media = next((name for name in _MEDIA if row.get(name)), None)
-    if media is not None:
-        raise RowError(f"`{media}` holds something, and {ONLY_TEXT}")
-    notes: list[str] = []
+    notes: tuple[Note, ...] = ()
+    described = columns is not None
     if columns is None:
-        form = form_of(row)
-        if form is not None:
-            row = form.pair(row)
-            notes.append(form.note)
-        elif is_unpaired(row):
+        row, notes = known_form(row)
+        if is_unpaired(row):
             raise RowError(
-                'is an answer with a verdict, and no pair; the loss is one of pairs: unpaired rows take loss_type="kto"'
+                'is unpaired (one answer and a label): train it with loss_type="kto", or bring pairs with `chosen` and '
+                "`rejected`"
             )
+        refuse_media(row)
         columns = detect_columns(row)
-    parts = _trl_parts(row, notes) if columns is None else messages_from_row(row, columns, notes)
+    parts = _trl_parts(row) if columns is None else messages_from_row(row, columns)
     prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
     for side, value in (("chosen", chosen), ("rejected", rejected)):
         _refuse_empty(value, side)
-    if not isinstance(prompt, str):
-        prompt, chosen, rejected = (clean_messages(parts[name], name) for name in ("prompt", *SIDES))
-        _check_completion(chosen, "chosen")
-        _check_completion(rejected, "rejected")
-    for name, meant in _MISNAMED.items():
-        if row.get(name) and not row.get(meant):
-            notes.append(f"`{name}` is not used; name it `{meant}` if the model is to see it")
-    return Preference(prompt, chosen, rejected, parts["tools"], tuple(notes))
+        if not isinstance(prompt, str):
+            _check_completion(value, side)
+    # a dataset_info.json entry that names columns leaves the others unused on purpose
+    unread = () if described else unread_columns(row, prompt, columns.read if columns else ())
+    return Preference(prompt, chosen, rejected, parts["tools"], (*notes, *parts["notes"], *unread))
 
 
-def _trl_parts(row: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
+    notes: tuple[Note, ...] = ()
     chosen, rejected = (_side(row, side) for side in SIDES)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RowError("one of `chosen` and `rejected` is text and the other a list of messages; wanted one kind")
@@ -97,44 +88,55 @@ def _trl_parts(row: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
     if prompt is None:
         prompt, chosen, rejected = _split_prompt(row, chosen, rejected)
-    elif isinstance(chosen, str):
+    elif isinstance(chosen, str) and isinstance(rejected, str):
         if not isinstance(prompt, str):
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-        elif prompt.strip() and all(_goes_on(text, prompt) for text in (chosen, rejected)):
+        elif _repeats(prompt, chosen, rejected):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-            notes.append("`chosen` and `rejected` repeat the whole `prompt`, which is taken once")
+            notes = (Note("the text `prompt`, which chosen and rejected both repeat, is taken once"),)
     elif isinstance(prompt, str):
         prompt, chosen, rejected = _join_text_prompt(prompt, chosen, rejected)
     elif chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
 
-    if row.get("system"):
-        if isinstance(prompt, str):
+    system = row.get("system")
+    if isinstance(prompt, str):
+        if system_messages(system, "system"):
             raise RowError("`system` would be lost beside a text `prompt`: put it into `prompt`, or use messages")
-        prompt = with_system(prompt, row["system"], "system", notes)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": parse_tools(row.get("tools"))}
-
-
-def _goes_on(text: Any, prompt: str) -> bool:
-    return text.startswith(prompt) and bool(text[len(prompt) :].strip())
+    elif system is not None:
+        prompt, notes = with_system(prompt, system, "system")
+    tools = parse_tools(row.get("tools"))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools, "notes": notes}
 
 
 def _side(row: Mapping[str, Any], side: str) -> str | list[Message]:
     if side not in row:
         raise RowError(f"missing column `{side}`; found {', '.join(f'`{name}`' for name in row) or 'nothing'}")
-    value = [row[side]] if isinstance(row[side], Mapping) and side != "prompt" else row[side]
+    value: Any = row[side]
+    if is_turn(value) or (is_message(value) and not value.keys().isdisjoint(("content", "tool_calls"))):
+        value = [value]
     if isinstance(value, list):
-        return clean_messages(sharegpt_messages(value, side), side)
-    check_text(row[side], side, "text or a list of messages")
-    return row[side]
+        return [_message(item, f"{side}[{index}]") for index, item in enumerate(value)]
+    check_text(value, side, "text or a list of messages")
+    return str(value)
+
+
+def _message(item: Any, place: str) -> Message:
+    return message_of_turn(item, place) if is_turn(item) else clean_message(item, place)
+
+
+def _repeats(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether both answers begin with the whole prompt. One word alone may begin two answers by chance."""
+    if not prompt.strip() or prompt.strip().isalnum():
+        return False
+    return all(text.startswith(prompt) and text[len(prompt) :].strip() for text in (chosen, rejected))
 
 
 def _split_prompt(row: Mapping[str, Any], chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """The prompt that two wholes share: the rule of TRL's `extract_prompt`."""
-    if isinstance(chosen, str):
-        lost = [name for name in _PROMPT_LIKE if row.get(name)]
-        if lost:
-            raise RowError(f"no `prompt`, but `{lost[0]}` looks like one: rename it to `prompt`")
+    lost = [name for name in _PROMPT_LIKE if row.get(name)]
+    if lost and isinstance(chosen, str):
+        raise RowError(f"no `prompt`, but `{lost[0]}` looks like one: rename it to `prompt`")
     _refuse_empty(chosen, "chosen")
     _refuse_empty(rejected, "rejected")
     end = next((index for index, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
@@ -143,6 +145,8 @@ def _split_prompt(row: Mapping[str, Any], chosen: Any, rejected: Any) -> tuple[A
     elif end > 0 and chosen[end - 1] == " ":  # the space before a word belongs to the word, as tokenizers have it
         end -= 1
     if end == 0:
+        if lost:
+            raise RowError(f"no `prompt`, but `{lost[0]}` looks like one: rename it to `prompt`")
         raise RowError("no `prompt`, and `chosen` and `rejected` have no common beginning to take it from")
     return chosen[:end], chosen[end:], rejected[end:]
 

@@ -61,6 +61,9 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         ),
         ({"messages": [user("A")], "chosen": THREE[0], "rejected": FOUR[0]}, [user("A")]),
         ({**SHAREGPT, "chosen": "3", "rejected": "4"}, [user("1 + 2?")]),
+        ({**SHAREGPT, "chosen": [SHAREGPT["chosen"]]}, [user("1 + 2?")]),
+        ({"messages": [user("A")], "chosen": "3", "rejected": "4"}, [user("A")]),
+        ({"messages": [user("A")], "chosen": THREE, "rejected": FOUR}, [user("A")]),
     ],
 )
 def test_rows_known_by_their_columns(row, prompt):

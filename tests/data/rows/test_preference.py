@@ -65,6 +65,15 @@ TOOL = {"type": "function", "function": {"name": "look"}}
         ({**CHAT, "tools": []}, RECORD),
         # what Arrow adds to a message where others have more keys
         ({**CHAT, "chosen": [{**BLUE, "name": None, "tool_calls": None}]}, RECORD),
+        # one message is a list of one
+        ({**CHAT, "prompt": USER, "chosen": BLUE}, RECORD),
+        # a text prompt that both answers repeat; one word may begin two answers by chance
+        (
+            {"prompt": "The sky?", "chosen": "The sky? Blue.", "rejected": "The sky? Red."},
+            Preference("The sky?", " Blue.", " Red."),
+        ),
+        ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi!"}, Preference("Hi", "Hi you", "Hi!")),
+        ({**TEXT, "chosen": "Sky? Blue."}, Preference("Sky?", "Sky? Blue.", " Green.")),
         # LLaMA-Factory's rows are known by their columns
         ({"instruction": "Sky?", "input": "", "chosen": "Blue.", "rejected": "Green."}, RECORD),
         (
@@ -127,7 +136,8 @@ def test_tool_calls_are_answers():
         ({**CHAT, "rejected": [{**BLUE, "content": None}]}, "`rejected[0].content` is null"),
         ({**CHAT, "prompt": [{**USER, "content": ["x"]}]}, "`prompt[0].content` is list; wanted text"),
         ({**CHAT, "prompt": ["Sky?"]}, "`prompt[0]` is not a message with `role` and `content`"),
-        ({**CHAT, "chosen": [{"said": "gpt", "value": "x"}]}, "`chosen[0]` is not a message with `role` and `content`"),
+        ({**CHAT, "chosen": [{"from": "gpt"}]}, "`chosen[0]` is not a message with `role` and `content`"),
+        ({**CHAT, "chosen": [{"from": "bot", "value": "x"}]}, "`chosen[0].from` is 'bot'; wanted one of human, gpt"),
         ({**CHAT, "chosen": [BLUE, USER]}, "`chosen` ends with a user turn; wanted an assistant turn"),
         ({**CHAT, "chosen": [{**CALL, "tool_calls": ["x"]}]}, "`chosen[0].tool_calls` is not a list of calls"),
         ({**CHAT, "chosen": "Blue."}, "one of `chosen` and `rejected` is text and the other a list of messages"),
@@ -137,7 +147,7 @@ def test_tool_calls_are_answers():
             "no `prompt`, and `chosen` and `rejected` have no common beginning",
         ),
         ({"chosen": "", "rejected": "Green."}, "`chosen` is empty"),
-        ({"query": "Sky?", "chosen": "It is", "rejected": "It was"}, "no `prompt`, but `query` looks like one"),
+        ({"question": "Sky?", "chosen": "It is", "rejected": "It was"}, "no `prompt`, but `question` looks like one"),
         ({**TEXT, "system": "Be brief."}, "`system` would be lost beside a text `prompt`"),
         (
             {"prompt": "Sea?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
