@@ -8,8 +8,9 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import psutil
 
@@ -21,6 +22,7 @@ COPIES = 3
 FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 24
+_BOM = b"\xef\xbb\xbf"
 # one row with its place ("pairs.jsonl:4"); a row that could not be read is the reason why
 PlacedRow = tuple[str, Any]
 
@@ -48,20 +50,45 @@ def file_type(path: Path) -> str | None:
 
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
-    data = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
-    head = data.lstrip()[:1]
-    if head == b"[":
-        yield from _read_json_array(path, data)
+    first = next((line for line in _lines(path) if line.strip()), b"")
+    if first.lstrip()[:1] == b"[":
+        yield from _read_json_array(path, _read_bytes(path).removeprefix(_BOM))
         return
-    if head == b"{" and _is_one_object(data):
+    # a file of one row per line, even of one row, is not meant: only an object that spans lines
+    if first.lstrip()[:1] == b"{" and not _is_json(first) and _is_json(_read_bytes(path).removeprefix(_BOM)):
         raise DataError(f"{path} holds one JSON object; wanted an array of rows, or one row per line.")
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            yield f"{path}:{number}", _parse_line(line)
+            yield f"{path}:{number}", _parse_line(line.rstrip(b"\r\n"))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """One line at a time: a file that is streamed may be larger than the memory."""
+    with _reading(path), _opened(path) as file:
+        begin = _BOM
+        while line := file.readline(_CHUNK):
+            pieces = [line]
+            while not pieces[-1].endswith(b"\n") and (piece := file.readline(_CHUNK)):
+                if len(pieces) == 1:  # no line of a row: a sparse file, or one that unfolds without end
+                    _refuse_large(path, path.stat().st_size)
+                pieces.append(piece)
+                _refuse_large(path, _CHUNK * len(pieces))
+            yield b"".join(pieces).removeprefix(begin)
+            begin = b""
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is cut or no {path.suffix} file: {error}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
+    with _reading(path):
         # stat first: of a sparse file, or one on a larger machine's disk, nothing else would be said before the end
         _refuse_large(path, path.stat().st_size)
         chunks, size = [], 0
@@ -70,11 +97,15 @@ def _read_bytes(path: Path) -> bytes:
                 size += len(chunk)
                 _refuse_large(path, size)
                 chunks.append(chunk)
-        return b"".join(chunks)
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} is cut or no {path.suffix} file: {error}.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return b"".join(chunks)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _refuse_large(path: Path, size: int) -> None:
@@ -91,22 +122,9 @@ def _opened(path: Path) -> IO[bytes]:
     if suffix == ".zst":
         import pyarrow as pa  # which has the codec on every system
 
-        return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+        return io.BufferedReader(cast(Any, pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(suffix, open)(path, "rb")
-
-
-def _is_one_object(data: bytes) -> bool:
-    # a file of one row per line, even of one row, is not meant: only an object that spans lines
-    first_line = data.lstrip().split(b"\n", 1)[0]
-    try:
-        json.loads(first_line)
-    except (ValueError, RecursionError):
-        try:
-            return isinstance(json.loads(data), dict)
-        except (ValueError, RecursionError):
-            return False
-    return False
 
 
 def _parse_line(line: bytes) -> Any:

@@ -1,7 +1,8 @@
 """Rows of any source and format -> a dataset of preference pairs, with bad rows named by file and line."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastdpo.data.rows.llama_factory import Columns
 from fastdpo.data.rows.messages import pack_messages, parse_template_options, to_json
 from fastdpo.data.rows.notes import Note, Notes
 from fastdpo.data.rows.preference import SIDES, Preference, preference_from_row
-from fastdpo.data.sources import PlacedRow, dataset_rows, open_source
+from fastdpo.data.sources import PlacedRow, Source, dataset_rows, open_source
 from fastdpo.wording import count
 
 __all__ = ["DataError", "Preference", "load_preferences", "normalize_dataset", "preference_from_row"]
@@ -61,16 +62,76 @@ def load_preferences(
 
     Raises `DataError` that lists every bad row; with `skip_bad_rows` it warns and goes on without them.
     """
+    opened = _open(source, split, config, dataset_dir, data_dir, data_files, columns)
+    dataset = _build(opened.rows, opened.name, opened.columns, skip_bad_rows)
+    return _sample(dataset, opened.num_samples, opened.name, seed)
+
+
+def stream_preferences(
+    source: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    dataset_dir: str | None = None,
+    data_dir: str | None = None,
+    data_files: DataFiles | None = None,
+    columns: list[str] | Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+) -> IterableDataset:
+    """As `load_preferences`, with rows that are read when they are asked for, in every epoch again.
+
+    A bad row raises `DataError` with its file and line when it is reached, or is left out with a warning. All of a
+    json array is in memory, and one line of other files.
+    """
+    where = {"split": split, "config": config, "data_dir": data_dir}
+    options = {**where, "dataset_dir": dataset_dir, "data_files": data_files, "columns": columns}
+    stream = {"source": source, "options": options, "skip_bad_rows": skip_bad_rows}
+    names = ("prompt", *SIDES, *_OPTIONS)
+    # features are known before a row is read: each is read once, and not for its columns
+    first = next(_streamed(**stream), None)
+    if first is None:
+        raise DataError(f"{source} is empty; wanted preference rows with `prompt`, `chosen` and `rejected`.")
+    dataset = IterableDataset.from_generator(_streamed, gen_kwargs=stream)
+    return dataset.select_columns(list(names))
+
+
+def _streamed(source: str, options: dict[str, Any], skip_bad_rows: bool) -> Iterator[dict[str, Any]]:
+    notes, skipped = Notes(), 0
+    opened = _open(source, **options)
+    for place, value in opened.rows:
+        try:
+            if isinstance(value, RowError):
+                raise value
+            stored, row_notes = _stored(value, opened.columns)
+        except RowError as error:
+            if not skip_bad_rows:
+                raise DataError(f"{place}: {error}.") from None
+            skipped += 1
+            logger.warning(f"{place}: skipped: {error} ({count(skipped, 'bad row')} so far)")
+            continue
+        for note in notes.add(place, row_notes):
+            logger.log(note.level, f"{opened.name}: {note.text} (the first row is {place}).")
+        yield stored
+
+
+def _open(
+    source: str,
+    split: str,
+    config: str | None,
+    dataset_dir: str | None,
+    data_dir: str | None,
+    data_files: DataFiles | None,
+    columns: list[str] | Mapping[str, str] | None,
+) -> Source:
     if data_dir is None and data_files is None and source not in BUILDERS:
         opened = open_source(source, split=split, config=config, dataset_dir=dataset_dir)
     else:
         opened = open_data_files(source, data_dir=data_dir, data_files=data_files, split=split, config=config)
-    rows, entry_columns = opened.rows, opened.columns
-    if columns is not None:
-        rows = with_columns(rows, columns)
-        entry_columns = entry_columns if isinstance(columns, list) else None  # a mapping says where the parts are
-    dataset = _build(rows, opened.name, entry_columns, skip_bad_rows)
-    return _sample(dataset, opened.num_samples, opened.name, seed)
+    if columns is None:
+        return opened
+    # a mapping says where the parts are
+    kept = opened.columns if isinstance(columns, list) else None
+    return replace(opened, rows=with_columns(opened.rows, columns), columns=kept)
 
 
 def _sample(dataset: Dataset, rows: int | None, where: str, seed: int) -> Dataset:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from fastdpo.data.data_files import DataFiles
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import load_preferences, mark_normalized
+from fastdpo.data.formats import load_preferences, mark_normalized, stream_preferences
 from fastdpo.wording import count, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -149,12 +149,8 @@ def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
     With fractions (all have one) the mixture has these shares and is as large as it can be without taking a row twice:
     the first `round(share * total)` rows of each, which is TRL's rule. Raises `DataError` for datasets that do not mix.
     """
-    fractions = [spec.fraction for spec in specs]
-    if any(fraction is not None for fraction in fractions):
-        without = next((spec.label for spec in specs if spec.fraction is None), None)
-        if without is not None:
-            raise DataError(f"{without} has no fraction, and other datasets have: give all of them one, or none.")
-        shares = np.array(fractions, dtype=float) / sum(cast("list[float]", fractions))
+    shares = _shares(specs)
+    if shares is not None:
         total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         taken = [round(float(share) * total) for share in shares]
         if not all(taken):
@@ -178,6 +174,45 @@ def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
     rows = [{name: row.get(name) for name in columns} for part in parts for row in cast("Any", part)]
     present = [name for name in columns if any(row[name] is not None for row in rows)]
     return mark_normalized(Dataset.from_dict({name: [row[name] for row in rows] for name in present}), *parts)
+
+
+def stream_mixture(
+    specs: Sequence[DatasetSpec],
+    *,
+    dataset_dir: str | None = None,
+    skip_bad_rows: bool = False,
+    max_samples: int | None = None,
+    seed: int = 42,
+) -> IterableDataset:
+    """The datasets as one stream (`stream_preferences`): one after another, or with fractions drawn in these shares
+    until one of them ends. max_samples: the first rows of each. Raises `DataError`."""
+    parts = []
+    for spec in specs:
+        options = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        del options["fraction"]
+        part = stream_preferences(
+            options.pop("path"),
+            config=options.pop("name"),
+            dataset_dir=dataset_dir,
+            skip_bad_rows=skip_bad_rows,
+            **options,
+        )
+        parts.append(part if max_samples is None else part.take(max_samples))
+    shares = _shares(specs)
+    if shares is not None:
+        return interleave_datasets(parts, probabilities=shares.tolist(), seed=seed)
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def _shares(specs: Sequence[DatasetSpec]) -> "np.ndarray | None":
+    """The fractions, of 1 in all; None where no dataset has one. Raises `DataError` where only some have."""
+    fractions = [spec.fraction for spec in specs]
+    if all(fraction is None for fraction in fractions):
+        return None
+    without = next((spec.label for spec in specs if spec.fraction is None), None)
+    if without is not None:
+        raise DataError(f"{without} has no fraction, and other datasets have: give all of them one, or none.")
+    return np.array(fractions, dtype=float) / sum(cast("list[float]", fractions))
 
 
 def split_off(dataset: Dataset, size: float, seed: int = 42) -> tuple[Dataset, Dataset]:

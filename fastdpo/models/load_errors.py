@@ -26,7 +26,7 @@ def check_causal_lm(config: PreTrainedConfig) -> None:
     built: Any = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
     # of some multimodal models AutoModelForCausalLM loads the text model alone
     text_alone = text is not config and built is not None and built.config_class is type(text)
-    check_text_causal_lm(text if text_alone else config, built.__name__ if text_alone else name)
+    check_text_causal_lm(text if text_alone else config, getattr(built, "__name__", name) if text_alone else name)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise ValueError(f"{name} is no causal language model that transformers knows; fastdpo trains those.")

@@ -144,7 +144,8 @@ class DataArguments:
         },
     )
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "TRL's; not supported here: the command reads and checks every row first."}
+        default=False,
+        metadata={"help": "Read training pairs as they come, with --max_steps (--streaming is the same)."},
     )
     data_scale_rate: float = field(
         default=1.0, metadata={"help": "Share of each training dataset that is taken, at random, in (0, 1]."}

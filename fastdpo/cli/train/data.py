@@ -1,14 +1,14 @@
 """The pairs of a run, from the data arguments: what is trained on, and what is evaluated on."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train.fields import FIELDS
 from fastdpo.wording import one_sentence
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from fastdpo.config.dpo_config import DPOConfig
 
@@ -24,20 +24,16 @@ def dataset_names(option: dict[str, Any]) -> list[str]:
     return names_of(option["dataset_name"], option.get("dataset_dir"))
 
 
-def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Dataset | None]":
-    """Train and evaluation pairs; bad rows end the command here, before any model is loaded.
+def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset | IterableDataset, Dataset | None]":
+    """Train and evaluation pairs; bad rows end the command here, before any model is loaded. With `dataset_streaming`
+    training pairs are a stream, whose bad rows end it when they are reached.
 
     Raises:
         UsageError, DataError: one sentence (bad rows: one line each).
     """
     from fastdpo.cli.terminal import say
-    from fastdpo.data.mixtures import load_mixture, split_off
+    from fastdpo.data.mixtures import load_mixture, split_off, stream_mixture
 
-    if option["dataset_streaming"]:
-        raise UsageError(
-            "dataset_streaming is not supported by the command, which reads and checks every row first: leave it out, "
-            "or give DPOTrainer an IterableDataset in Python"
-        )
     size, eval_name = option["test_split_size"], option["eval_dataset_name"]
     if size is not None and eval_name is not None:
         raise UsageError("test_split_size and eval_dataset_name both name pairs to evaluate on: give one of them")
@@ -48,9 +44,13 @@ def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Data
         "max_samples": option["max_samples"],
         "seed": seed,
     }
-    train = load_mixture(_train_specs(option), data_scale_rate=option["data_scale_rate"], **common)
+    if option["dataset_streaming"]:
+        _check_streaming(option, args)
+        train = stream_mixture(_train_specs(option), **common)
+    else:
+        train = load_mixture(_train_specs(option), data_scale_rate=option["data_scale_rate"], **common)
     if size is not None:
-        train, test = split_off(train, size, seed)
+        train, test = split_off(cast("Dataset", train), size, seed)
         used = args.eval_strategy != "no" or args.do_eval
         if not used:
             say(
@@ -70,6 +70,22 @@ def load_data(option: dict[str, Any], args: "DPOConfig") -> "tuple[Dataset, Data
         return train, load_mixture(_specs(option, option["dataset_name"], option["dataset_test_split"]), **common)
     except ValueError as error:
         raise UsageError(f"{without}: {one_sentence(error)} {fix}") from error
+
+
+def _check_streaming(option: dict[str, Any], args: "DPOConfig") -> None:
+    if args.max_steps <= 0:
+        raise UsageError("dataset_streaming needs max_steps, since nobody knows how long a stream is: give --max_steps")
+    whole = {"test_split_size": None, "data_scale_rate": 1.0}
+    for name, default in whole.items():
+        if option[name] != default:
+            raise UsageError(
+                f"{name} needs all of the pairs, and dataset_streaming reads them as they come: leave one out"
+            )
+    for name in ("precompute_ref_log_probs", "max_tokens_per_batch"):
+        if getattr(args, name):
+            raise UsageError(
+                f"{name} needs all of the pairs, and dataset_streaming reads them as they come: leave one out"
+            )
 
 
 def _train_specs(option: dict[str, Any]) -> list[Any]:

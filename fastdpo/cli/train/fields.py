@@ -81,7 +81,7 @@ FIELDS = (
     Field('use_bnb_nested_quant', 'bool', False, None, 'model, further', 'Quantize the 4-bit scales too.', 'model', False),
     Field('bnb_4bit_quant_storage', 'str | None', None, None, 'model, further', 'Dtype that stores 4-bit weights, for FSDP; unset: uint8.', 'model', False),
     Field('datasets', 'list[dict] | None', None, None, 'data, further', "Several datasets, each with path, name, data_dir, data_files, split, columns, fraction (TRL's).", 'data', False),
-    Field('dataset_streaming', 'bool', False, None, 'data, further', "TRL's; not supported here: the command reads and checks every row first.", 'data', False),
+    Field('dataset_streaming', 'bool', False, None, 'data, further', 'Read training pairs as they come, with --max_steps (--streaming is the same).', 'data', False),
     Field('data_scale_rate', 'float', 1.0, None, 'data, further', 'Share of each training dataset that is taken, at random, in (0, 1].', 'data', False),
     Field('lr_scheduler_kwargs', 'dict | str | None', None, None, 'inherited from TrainingArguments', 'The extra arguments for the lr_scheduler', 'dpo', False),
     Field('optim_args', 'str | None', None, None, 'inherited from TrainingArguments', 'Optional arguments supplied to optimizers such as AnyPrecisionAdamW, AdEMAMix, and GaLore', 'dpo', False),

@@ -19,6 +19,7 @@ RENAMED = {
     "preprocessing_num_workers": "dataset_num_proc",
     "quantization_type": "bnb_4bit_quant_type",
     "ref_model_adapters": "ref_adapters",
+    "streaming": "dataset_streaming",
     "val_size": "test_split_size",
 }
 
@@ -45,7 +46,6 @@ REFUSED = {
     "rope_scaling": "set it in the model's config.json",
     "shift_attn": "leave it out",
     "split_special_tokens": "leave it out",
-    "streaming": "leave it out: datasets are memory-mapped",
     "tokenized_path": "leave it out: pairs are tokenized at the start, from `dataset`",
     "train_from_scratch": "save a model with random weights, and give that",
     "train_on_prompt": "leave it out: preference losses score answers",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 
 from fastdpo.cli.errors import TrainingFailed
@@ -49,13 +49,14 @@ class Session:
         args: DPOConfig,
         option: dict[str, Any],
         tokenizer: Any,
-        train_dataset: Dataset,
+        train_dataset: Dataset | IterableDataset,
         eval_dataset: Dataset | None,
         peft_config: Any,
     ) -> None:
         self.args, self.option, self.tokenizer = args, option, tokenizer
         self.adapter = bool(option["use_peft"] or option["adapter_name_or_path"])  # that is what is trained and saved
-        self.pairs_read = {"train": len(train_dataset), "eval": len(eval_dataset) if eval_dataset is not None else None}
+        sets = {"train": train_dataset, "eval": eval_dataset}
+        self.pairs_read = {name: len(data) if isinstance(data, Dataset) else None for name, data in sets.items()}
         resume = args.resume_from_checkpoint
         if isinstance(resume, str) and not (args.deepspeed or args.fsdp):
             # a broken checkpoint is named before the model loads
@@ -74,8 +75,7 @@ class Session:
         if option["freeze_trainable_layers"] is not None:
             freeze = (option[f"freeze_{what}"] for what in ("trainable_layers", "trainable_modules", "extra_modules"))
             freeze_layers(cast(Any, self.trainer.model), *freeze)
-        # load_preferences gave a plain Dataset, and so does its tokenization
-        self.pairs = cast(Dataset, self.trainer.train_dataset)
+        self.pairs = cast("Dataset | IterableDataset", self.trainer.train_dataset)
         self.main = self.trainer.is_world_process_zero()
         self.trainer.card_details = {
             "data": dataset_names(option),
@@ -120,17 +120,25 @@ class Session:
             return ""
         saved = "adapter" if self.adapter else "model"
         files = args.metric_files and self.report.files.lost() is None
-        return result_text(trainer.state, str(args.output_dir), len(self.pairs), saved, files) + "\n"
+        return result_text(trainer.state, str(args.output_dir), self._pairs_trained(), saved, files) + "\n"
 
     def _introduce(self) -> None:
         if not self.main:
             return
         trainer = self.trainer
         say("first pair as it is trained on:")
-        say(example_pair(self.tokenizer, trainer.data_collator, self.pairs[0]))
+        say(example_pair(self.tokenizer, trainer.data_collator, next(iter(cast(Any, self.pairs)))))
         stale = [name for name in ("model.safetensors", "adapter_model.safetensors") if self._is_stale(name)]
         if stale:
             say(f"{self.args.output_dir} holds {stale[0]} of another run, which stays beside the new files")
+
+    def _pairs_trained(self) -> int:
+        """All pairs of the data; of a stream those that the steps took."""
+        if isinstance(self.pairs, Dataset):
+            return len(self.pairs)
+        args = self.args
+        update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.trainer.state.global_step * update
 
     def _is_stale(self, name: str) -> bool:
         """Whether an earlier run left weights of the other kind (model or adapter) in the output folder."""
