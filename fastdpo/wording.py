@@ -4,6 +4,27 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# what papers and other tools call a loss, and what it is here
+LOSSES_ELSEWHERE = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid with label_smoothing",
+    "rdpo": "robust with label_smoothing",
+    "robust_dpo": "robust with label_smoothing",
+    "dpop": "not built (sigmoid with rpo_alpha, or sft in loss_type, also holds the chosen answer up)",
+    "dpo_positive": "not built (sigmoid with rpo_alpha, or sft in loss_type, also holds the chosen answer up)",
+    "rpo": "sigmoid with rpo_alpha",
+    "ld_dpo": "sigmoid with ld_alpha",
+    "wpo": "sigmoid with use_weighting",
+    "f_dpo": "sigmoid with f_divergence_type",
+    "rso": "hinge",
+    "slic": "hinge",
+    "mpo": "loss_type with several names and loss_weights",
+    "tr_dpo": "sigmoid with sync_ref_model",
+    "kto": "kto_pair, for pairs",
+    "bco": "bco_pair, for pairs",
+    "nca": "nca_pair",
+}
+
 
 def closest(name: object, known: Iterable[str]) -> str | None:
     """The known name that was probably meant; None where none is near."""

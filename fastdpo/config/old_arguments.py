@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.config.old_names import OLD_NAMES, todays_names
-from fastdpo.wording import closest
+from fastdpo.config.other_names import meant_by
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def settled_arguments(args: Any, arguments: Mapping[str, Any], trainer: type) ->
             if value is not None:
                 raise TypeError(f"DPOTrainer takes no {name}: {_NEVER[name]}.")
         elif name not in _KNOWN and name not in OLD_NAMES:
-            near = closest(name, [*todays, *_KNOWN, *OLD_NAMES])
-            hint = f"; did you mean {near!r}?" if near else f"; it takes {', '.join(todays)}."
+            hint = meant_by(name, [*todays, *_KNOWN, *OLD_NAMES])
+            hint = f"; {hint}" if hint else f"; it takes {', '.join(todays)}."
             raise TypeError(f"DPOTrainer has no argument {name!r}{hint}")
     arguments = {name: value for name, value in arguments.items() if name not in _NEVER and value is not None}
     if arguments:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeVar
 
-from fastdpo.wording import closest
+from fastdpo.config.other_names import meant_by
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def todays_names(arguments: Mapping[str, Any], known: Collection[str], where: st
         if name in known:
             continue
         if name not in OLD_NAMES:
-            near = closest(name, [*known, *OLD_NAMES])
-            hint = f"; did you mean {near!r}?" if near else "; `fastdpo train --help-all` lists them."
+            hint = meant_by(name, [*known, *OLD_NAMES])
+            hint = f"; {hint}" if hint else "; `fastdpo train --help-all` lists them."
             raise TypeError(f"{where} has no argument {name!r}{hint}")
         if value is None:
             continue

@@ -8,7 +8,7 @@ from functools import cache
 
 from fastdpo.losses.catalogue import ALIASES, EXO_SMOOTHING, LOSSES, Loss
 from fastdpo.losses.divergences import F_DIVERGENCES, FDivergence
-from fastdpo.wording import closest
+from fastdpo.wording import LOSSES_ELSEWHERE, closest
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ def canonical_name(name: str) -> str:
         return name
     near = closest(str(name), LOSSES)
     hint = f" Did you mean {near!r}?" if near else ""
+    if str(name).lower() in LOSSES_ELSEWHERE:
+        hint = f" Here it is {LOSSES_ELSEWHERE[str(name).lower()]}."
     raise ValueError(f"unknown loss {name!r}; choose from {', '.join(LOSSES)}.{hint}")
 
 

@@ -260,9 +260,14 @@ def test_tools_of_the_config_are_for_rows_without_any() -> None:
     turns |= {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "w4"), ("rejected", "w5"))}
     own = '[{"name": "a"}, {"name": "b"}, {"name": "c"}]'
     seen = []
-    chat.apply_chat_template = lambda messages, tools=None, **_: (  # pyright: ignore[reportAttributeAccessIssue] a spy
-        seen.append(len(tools or [])) or {"input_ids": [3] if len(messages) == 1 else [3, 4]}
-    )
+
+    def spy(messages: Any, tools: Any = None, tokenize: bool = True, **_: Any) -> Any:
+        if not tokenize:
+            return str([messages, tools])
+        seen.append(len(tools or []))
+        return {"input_ids": [3] if len(messages) == 1 else [3, 4]}
+
+    chat.apply_chat_template = spy  # pyright: ignore[reportAttributeAccessIssue]
     rows = Dataset.from_list([{**turns, "tools": None}, {**turns, "tools": own}])
     tokenize_dataset(rows, chat, max_length=None, tools=str(args.tools))
     assert seen[-6:] == [2, 2, 2, 3, 3, 3]

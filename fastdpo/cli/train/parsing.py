@@ -14,30 +14,15 @@ from fastdpo.cli.train.arguments import Field
 from fastdpo.cli.train.config_files import OWN_FLAGS, read_config
 from fastdpo.cli.train.fields import FIELDS
 from fastdpo.cli.train.llama_factory import KEYS
-from fastdpo.cli.train.llama_factory_keys import RENAMED
 from fastdpo.cli.train.values import Argument, as_yaml, convert
 from fastdpo.config.old_names import OLD_NAMES, todays_names
-from fastdpo.wording import did_you_mean
+from fastdpo.config.other_names import OTHER_NAMES, meant_by
 
 logger = logging.getLogger(__name__)
 
 BY_NAME = {field.name: field for field in FIELDS}
 DEFAULTS = {field.name: field.default for field in FIELDS}
 SHORT = {"-m": "--model_name_or_path", "-d": "--dataset_name", "-h": "--help"}
-
-# names that other trainers or older releases use for what a field does here: closer than spelling tells
-NAMES_ELSEWHERE = {
-    **RENAMED,
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "lora_dim": "lora_r",
-    "lora_target": "lora_target_modules",
-    "lr": "learning_rate",
-    "max_seq_len": "max_length",
-    "max_seq_length": "max_length",
-    "model": "model_name_or_path",
-    "ref_model_name_or_path": "ref_model",
-}
 
 # what TRL's ModelConfig called what it and this command call otherwise today; DPOConfig's own are in OLD_NAMES
 OLD_COMMAND_NAMES = {"streaming": "dataset_streaming", "torch_dtype": "dtype"}
@@ -200,7 +185,7 @@ def _canonical(argv: Sequence[str]) -> list[str]:
 
 
 def _unknown(name: str, place: str) -> str:
-    if name in KEYS and name not in NAMES_ELSEWHERE:
+    if name in KEYS and name not in OTHER_NAMES:
         hint = f" outside a LLaMA-Factory configuration, which has {'stage: dpo' if place else 'stage=dpo'}"
     else:
         hint = _suggestion(name, "" if place else "--")
@@ -208,7 +193,5 @@ def _unknown(name: str, place: str) -> str:
 
 
 def _suggestion(name: str, prefix: str = "") -> str:
-    if name in NAMES_ELSEWHERE:
-        return f": here it is '{prefix}{NAMES_ELSEWHERE[name]}'"
-    hint = did_you_mean(name, [*BY_NAME, *OWN_FLAGS], prefix=prefix)
+    hint = meant_by(name, [*BY_NAME, *OWN_FLAGS], prefix)
     return f": {hint}" if hint else " (see fastdpo train --help-all)"

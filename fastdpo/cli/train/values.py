@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from fastdpo.cli.errors import UsageError
 from fastdpo.cli.train.arguments import Field
 from fastdpo.json_text import parse_json
-from fastdpo.wording import did_you_mean
+from fastdpo.wording import LOSSES_ELSEWHERE, did_you_mean
 
 TRUTH_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 KINDS = {
@@ -66,6 +66,8 @@ def convert(value: Any, field: Field, where: str) -> Any:
         for name in result if isinstance(result, list) else [result]:
             if field.choices and isinstance(name, str) and name not in field.choices:
                 hint = did_you_mean(name, field.choices)
+                if field.name == "loss_type" and name.lower() in LOSSES_ELSEWHERE:
+                    hint = f"here it is {LOSSES_ELSEWHERE[name.lower()]}"
                 says = f"{where} should be one of {', '.join(field.choices)}, got '{name}'"
                 raise UsageError(f"{says}; {hint}" if hint else says)
         return result

@@ -61,7 +61,7 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
         row, notes = known_form(row)
         if is_unpaired(row):
             raise RowError(
-                'is unpaired (one answer and a label): train it with loss_type="kto", or bring pairs with `chosen` and '
+                "is unpaired (one answer and a label), which is not trained yet: bring pairs with `chosen` and "
                 "`rejected`"
             )
         refuse_media(row)

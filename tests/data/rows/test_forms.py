@@ -177,7 +177,7 @@ def test_rows_that_lack_something(row, said):
 )
 def test_unpaired_rows_say_what_they_are(row):
     assert is_unpaired(row)
-    with pytest.raises(RowError, match=r'is unpaired .*: train it with loss_type="kto", or bring pairs'):
+    with pytest.raises(RowError, match=r"is unpaired .*, which is not trained yet: bring pairs"):
         preference_from_row(row)
 
 
