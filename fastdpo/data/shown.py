@@ -139,16 +139,11 @@ def _look(
     text = render(probes)
     left_out: list[tuple[str, str]] = []
     for index, (message, fields) in enumerate(zip(conversation, marks, strict=True)):
-        hidden = [field for field, mark in fields if mark not in text]
-        left_out += [(message["role"], field) for field in dict.fromkeys(hidden)]
-        said = [field for field, _ in fields if field not in (*_REASONING, BEFORE_THINK)]
-        if (
-            said
-            and all(field in hidden for field in said)
-            and not any(mark in text for field, mark in fields if field in said)
-        ):
+        left_out += dict.fromkeys((message["role"], field) for field, mark in fields if mark not in text)
+        said = {field for field, _ in fields if field not in (*_REASONING, BEFORE_THINK)}
+        if said and not said & {field for field, mark in fields if mark in text}:
             place = f"prompt[{index}]" if index < prompt else f"{side}[{index - prompt}]"
-            return Shown((), _nothing_of(place, message["role"], said[0]))
+            return Shown((), _nothing_of(place, message["role"], min(said)))
     if tool_words and not any(mark in text for mark in tool_words):
         left_out.append(("", TOOLS))
     role = conversation[prompt]["role"]
