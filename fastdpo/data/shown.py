@@ -140,10 +140,10 @@ def _look(
     left_out: list[tuple[str, str]] = []
     for index, (message, fields) in enumerate(zip(conversation, marks, strict=True)):
         left_out += dict.fromkeys((message["role"], field) for field, mark in fields if mark not in text)
-        said = {field for field, _ in fields if field not in (*_REASONING, BEFORE_THINK)}
-        if said and not said & {field for field, mark in fields if mark in text}:
+        said = [field for field, _ in fields if field not in (*_REASONING, BEFORE_THINK)]
+        if said and not any(mark in text for field, mark in fields if field in said):
             place = f"prompt[{index}]" if index < prompt else f"{side}[{index - prompt}]"
-            return Shown((), _nothing_of(place, message["role"], min(said)))
+            return Shown((), _nothing_of(place, message["role"], said[0]))
     if tool_words and not any(mark in text for mark in tool_words):
         left_out.append(("", TOOLS))
     role = conversation[prompt]["role"]

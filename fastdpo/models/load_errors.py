@@ -22,7 +22,8 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\).*?
 def check_causal_lm(config: PreTrainedConfig) -> None:
     """Refuse the configuration of a model that is no text-only causal LM. Raises ValueError with one sentence."""
     name = (config.architectures or [config.model_type])[0]
-    text = config.get_text_config()
+    # of two decoders, as an encoder-decoder may have, there is no one text config
+    text = config if config.is_encoder_decoder else config.get_text_config()
     built: Any = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
     # of some multimodal models AutoModelForCausalLM loads the text model alone
     text_alone = text is not config and built is not None and built.config_class is type(text)

@@ -33,7 +33,8 @@ LAYERS = TABLE["layers"].split()
 
 def tiny_config(kind: str) -> Any:
     """The type's default configuration, made small: one layer of each kind that it has, and two at least."""
-    default = CONFIG_MAPPING[kind]()
+    made = type(CONFIG_MAPPING[kind]().get_text_config()) if WAYS.get(kind) == "text alone" else CONFIG_MAPPING[kind]
+    default = made()
     given = {name: value for name, value in NUMBERS.items() if _has(default, name)}
     given |= {"is_decoder": True} if _has(default, "is_decoder") else {}
     if "qk_rope_head_dim" in given:  # latent attention: each head has its own keys
@@ -45,7 +46,7 @@ def tiny_config(kind: str) -> Any:
     chosen += [chosen[0] + 1] if len(chosen) == 1 else []
     given |= {name: [values[layer] for layer in chosen] for name, values in by_layer.items()}
     given |= {name: len(chosen) for name in LAYERS if _has(default, name)}
-    return CONFIG_MAPPING[kind](**{**given, **TABLE["special"].get(kind, {})})
+    return made(**{**given, **TABLE["special"].get(kind, {})})
 
 
 def _has(config: Any, name: str) -> bool:
@@ -55,7 +56,7 @@ def _has(config: Any, name: str) -> bool:
 def build(kind: str, dtype: torch.dtype) -> Any:
     """A model in eval mode with peaked logits: their standard deviation is about 10 before a cap."""
     config = tiny_config(kind)
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
     architecture = found[0] if isinstance(found, tuple) else found
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in architecture(config).parameters())
@@ -144,6 +145,12 @@ def refusal_by_config(kind: str) -> str | None:
             assert config.get_text_config() is not config
             return "multimodal"
         raise
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    if text is not config:  # AutoModelForCausalLM loads its text model, which mostly has a row of its own
+        if text.model_type not in TYPES:
+            with default_dtype(torch.float64):
+                assert way_of(kind, torch.float64) in ("head", "model")
+        return "text alone"
     return None
 
 
