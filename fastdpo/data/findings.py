@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.errors import DataError
 from fastdpo.data.limits import flat_lists
 from fastdpo.data.rows.messages import for_template, from_json
+from fastdpo.data.shown import template_errors
 from fastdpo.data.tokenize_row import ID_COLUMNS
 from fastdpo.json_text import read_json
 from fastdpo.wording import first_line
@@ -75,10 +77,14 @@ def has_generation_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     """Whether the chat template adds anything to the row's prompt when asked for a generation prompt."""
     options = {"tools": from_json(row.get("tools")), **(from_json(row.get("chat_template_kwargs")) or {})}
     prompt = for_template(row["prompt"])
-    without, with_it = (
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=prompted, **options)
-        for prompted in (False, True)
-    )
+    try:
+        with template_errors():
+            without, with_it = (
+                tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=prompted, **options)
+                for prompted in (False, True)
+            )
+    except TemplateError:  # a row that it refuses, which is said elsewhere
+        return True
     return without != with_it
 
 

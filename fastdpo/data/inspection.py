@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.findings import repeated_pairs, special_token_findings, template_findings
 from fastdpo.data.limits import Limits, apply_limits, measure
-from fastdpo.data.tokenize_dataset import pair_columns, tokenize_dataset
-from fastdpo.data.tokenize_row import tokenize_row
+from fastdpo.data.tokenize_dataset import pair_columns, tokenize_dataset, tokenize_rows
 
 QUANTILES = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "max": 1.0}
 
@@ -54,10 +53,10 @@ def inspect_pairs(
         rows, tokenizer, max_length=None, num_proc=num_proc, name=name, skip_bad_rows=skip_bad_rows, **options
     )
     assert isinstance(pairs, Dataset)
-    if len(pairs) < len(rows):  # completions without any token: keep them, so that row numbers stay those of the data
+    if whole.dropped_unscored:  # completions without any token: keep them, so that row numbers stay those of the data
         columns = pair_columns(pairs.column_names)
-        options = {"tokenizer": tokenizer, **options}
-        pairs = rows.map(tokenize_row, fn_kwargs=options, remove_columns=rows.column_names).select_columns(columns)
+        pairs, _ = tokenize_rows(rows, tokenizer, name, None, scored_turns, num_proc, skip_bad_rows)
+        pairs = pairs.select_columns(columns)
     measured = measure(pairs)
     prompt, (chosen, rejected) = measured.prompt, measured.completions
     lengths = {
@@ -72,7 +71,7 @@ def inspect_pairs(
     limits = [Limits(length, truncation_mode, on_overlong=drop) for length in max_lengths]
     report = {
         "name": name,
-        "rows": len(rows),
+        "rows": len(pairs),
         "kind": "text" if isinstance(rows[0]["prompt"], str) else "messages",
         "with_tools": sum(bool(tools) for tools in rows["tools"]) if "tools" in rows.column_names else 0,
         "identical": identical,

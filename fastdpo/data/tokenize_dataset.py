@@ -103,20 +103,11 @@ def tokenize_dataset(
         _check_tokenizer(first, tokenizer, name, tools)
         masked = scored_turns == "all" and not isinstance(first["prompt"], str)
         columns = [*ID_COLUMNS, *(MASK_COLUMNS if masked else ())]
-        options: dict[str, Any] = {
-            "fn_kwargs": {"tokenizer": tokenizer, "tools": tools, "scored_turns": scored_turns},
-            "remove_columns": list(first),
-        }
         if isinstance(dataset, Dataset):
-            # one process more than rows would only start for nothing
-            options |= {
-                "num_proc": min(num_proc, len(dataset)) if num_proc else None,
-                "desc": f"Tokenizing {name}",
-            }
-            places = places_of(dataset, name)
-            dataset, left_out = _usable_rows(dataset.map(_tokenize_row, **options), name, places, skip_bad_rows)
+            dataset, left_out = tokenize_rows(dataset, tokenizer, name, tools, scored_turns, num_proc, skip_bad_rows)
         else:
-            dataset = dataset.map(_tokenize_row, **options)
+            options = {"tokenizer": tokenizer, "tools": tools, "scored_turns": scored_turns}
+            dataset = dataset.map(_tokenize_row, fn_kwargs=options, remove_columns=list(first))
             stream = {"name": name, "skip_bad_rows": skip_bad_rows}
             dataset = dataset.filter(_usable, with_indices=True, fn_kwargs=stream)
 
@@ -149,6 +140,31 @@ def tokenize_dataset(
     if report.shortened_prompts or report.shortened_chosen or report.shortened_rejected:
         dataset = dataset.map(limits.shorten, desc=f"Shortening {name}")
     return dataset.select_columns(columns), report
+
+
+def tokenize_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    tools: str | None = None,
+    scored_turns: str = "last",
+    num_proc: int | None = None,
+    skip_bad_rows: bool = False,
+) -> tuple[Dataset, tuple[str, ...]]:
+    """Every row that can be used, and what the chat template leaves out of them, a sentence each.
+
+    Raises:
+        DataError: with all rows that cannot, unless they are skipped.
+    """
+    tokenized = dataset.map(
+        _tokenize_row,
+        fn_kwargs={"tokenizer": tokenizer, "tools": tools, "scored_turns": scored_turns},
+        remove_columns=dataset.column_names,
+        # one process more than rows would only start for nothing
+        num_proc=min(num_proc, len(dataset)) if num_proc else None,
+        desc=f"Tokenizing {name}",
+    )
+    return _usable_rows(tokenized, name, places_of(dataset, name), skip_bad_rows)
 
 
 def _tokenize_row(

@@ -217,3 +217,18 @@ def test_wrong_input_is_one_sentence(inspect: Inspect, write: Callable[..., str]
     assert "bad.jsonl:1: missing column `rejected`" in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_rows_that_the_template_does_not_show_are_skipped_and_counted(
+    inspect: Inspect, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    rows = chat(("Hi.", "No."), ("Yes.", "Off."), ("Good.", "Bad."))
+    rows[1]["prompt"][0]["role"] = "human"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = inspect("pairs.jsonl", "-m", str(tokenizer_dir))
+    assert code == 2
+    assert "pairs.jsonl:2: `prompt[0].role` is 'human'" in err
+    code, out, err = inspect("pairs.jsonl", "-m", str(tokenizer_dir), "--skip_bad_rows")
+    assert code == 0, err
+    assert "skipped 1 bad row of 3: pairs.jsonl:2:" in err
+    assert "2 pairs of messages" in out

@@ -9,10 +9,12 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences, normalize_dataset
 from fastdpo.data.inspection import inspect_pairs
 from fastdpo.data.tokenize_dataset import tokenize_dataset
+from fastdpo.training.pair_datasets import prepare
 
 USER = {"role": "user", "content": "How tall is the tower?"}
 TALL = {"role": "assistant", "content": "Very tall."}
@@ -109,6 +111,20 @@ def test_every_row_that_a_template_refuses_is_named_by_its_line(
     assert len(list(tokenize_dataset(stream, tokenizer, max_length=None, skip_bad_rows=True)[0])) == 3
 
 
+def test_a_bad_row_may_be_the_first(with_template: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = with_template("gemma")
+    rows = [{**ROW, "prompt": [{"role": "system", "content": "Be brief."}, USER]}, ROW, ROW]
+    dataset = normalize_dataset(Dataset.from_list(rows))
+    args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, skip_bad_rows=True)
+    with caplog.at_level(logging.WARNING):
+        pairs, report = prepare(dataset, "train", tokenizer, args)
+    assert (len(pairs), report.rows) == (2, 2)
+    assert any(
+        "skipped 1 bad row of 3: train_dataset[0]: the chat template refuses" in line for line in caplog.messages
+    )
+    assert inspect_pairs(dataset, tokenizer, [64], skip_bad_rows=True).report["rows"] == 2
+
+
 THOUGHT = [{"role": "assistant", "content": f"<think>\n{why}\n</think>\n\n4"} for why in ("two and two", "who knows")]
 REASONED = [{"role": "assistant", "content": "4", "reasoning_content": why} for why in ("two and two", "who knows")]
 
@@ -119,7 +135,7 @@ REASONED = [{"role": "assistant", "content": "4", "reasoning_content": why} for 
         ("deepseek_r1_distill", THOUGHT, "what stands before </think> in assistant turns"),
         ("llama3", REASONED, "`reasoning_content` of assistant turns"),
     ],
-)  # fmt: skip
+)
 def test_pairs_that_differ_only_in_what_is_left_out_are_counted(
     with_template: Any, caplog: pytest.LogCaptureFixture, template: str, answers: list[Any], says: str
 ) -> None:
