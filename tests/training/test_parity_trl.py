@@ -102,8 +102,12 @@ def train(trainer: type, config: type, folder: Path, model: Path, pairs: Dataset
     ("peft", "options"),
     [
         (False, {"gradient_checkpointing": False}),
-        pytest.param(True, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        (True, {"gradient_checkpointing": False, "loss_type": "ipo", "gradient_accumulation_steps": 2}),
+        (True, {"gradient_checkpointing": True}),
+        pytest.param(
+            True,
+            {"gradient_checkpointing": False, "loss_type": "ipo", "gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["full", "lora, checkpointing", "lora, ipo, accumulation"],
 )
