@@ -20,8 +20,10 @@ LOSSES_ELSEWHERE = {
     "slic": "hinge",
     "mpo": "loss_type with several names and loss_weights",
     "tr_dpo": "sigmoid with sync_ref_model",
-    "kto": "kto_pair, for pairs",
-    "bco": "bco_pair, for pairs",
+    **{
+        name: f"{name} in DPOConfig, alone, for single answers with a label; {pair} for pairs"
+        for name, pair in (("kto", "kto_pair"), ("bco", "bco_pair"), ("apo_zero_unpaired", "apo_zero"))
+    },
     "nca": "nca_pair",
 }
 

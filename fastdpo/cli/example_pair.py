@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.data.rows.sides import sides_of
 from fastdpo.wording import count
 
 
@@ -13,7 +14,7 @@ def example_pair(tokenizer: Any, collator: Any, example: dict[str, Any], limit: 
     batch = replace(collator, layout="padded")([example])
     offsets = batch["offsets"].tolist()
     lines = []
-    for sequence, side in enumerate(("chosen", "rejected")):
+    for sequence, side in enumerate(sides_of(example)):
         start, end = offsets[sequence], offsets[sequence + 1]
         ids = batch["input_ids"][sequence][batch["attention_mask"][sequence].bool()]
         scored = batch["targets"][start:end]
@@ -23,6 +24,7 @@ def example_pair(tokenizer: Any, collator: Any, example: dict[str, Any], limit: 
         if sequence == 0:
             prompt = _shorten(tokenizer.decode(ids[:first]), limit)
             lines.append(f"  prompt    {count(len(ids[:first]), 'token')}: {prompt}")
+        side = side if "label" not in batch else ("undesirable", "desirable")[int(batch["label"][0])]
         lines.append(f"  {side:<9} {count(len(scored), 'token')} scored: {_marked(tokenizer, ids, places, limit)}")
     return "\n".join(lines)
 

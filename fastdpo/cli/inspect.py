@@ -133,13 +133,16 @@ def render(report: dict[str, Any]) -> str:
     """The report as text."""
     quantiles = report["lengths"]
     columns = list(quantiles["prompt"])
+    paired = "identical" in report
+    what, cuts = ("pairs", ("chosen", "rejected")) if paired else ("unpaired rows", ("completions",))
     lines = [
-        f"{report['name']}: {report['rows']} pairs of {report['kind']}"
+        f"{report['name']}: {report['rows']} {what} of {report['kind']}"
         + (f", {report['with_tools']} with tools" if report["with_tools"] else ""),
-        f"  identical pairs     {report['identical']:>6}  (chosen is rejected: no gradient)",
+        *([f"  identical pairs     {report['identical']:>6}  (chosen is rejected: no gradient)"] if paired else []),
+        *([] if paired else [f"  {kind:<19} {report[kind]:>6}  answers" for kind in ("desirable", "undesirable")]),
         f"  duplicated rows     {report['duplicated']:>6}  (the same as an earlier row)",
         f"  distinct prompts    {report['distinct_prompts']:>6}",
-        f"  chosen is longer in {report['chosen_longer']:>6.1%}  of the pairs",
+        *([f"  chosen is longer in {report['chosen_longer']:>6.1%}  of the pairs"] if paired else []),
         "",
         "tokens                    " + "".join(f"{name:>8}" for name in columns),
         *(
@@ -148,18 +151,23 @@ def render(report: dict[str, Any]) -> str:
         ),
         "",
         f"max_length ({report['truncation_mode']}, on_overlong {report['on_overlong']})",
-        "              longer    kept  chosen cut  rejected cut  dropped: overlong  long prompt  unscored",
+        f"              longer    kept  {'chosen cut  rejected cut' if paired else '             cut      '}"
+        "  dropped: overlong  long prompt  unscored",
     ]
     for cut in report["truncation"]:
+        counts = [cut[f"truncated_{side}"] for side in cuts]
+        cut_rows = f"{counts[0]:>11} {counts[1]:>13}" if paired else f"{counts[0]:>19}      "
         lines.append(
-            f"  {cut['max_length']:>8} {cut['overlong']:>9} {cut['rows']:>7} {cut['truncated_chosen']:>11} "
-            f"{cut['truncated_rejected']:>13} {cut['dropped_overlong']:>18} {cut['dropped_long_prompt']:>12} "
-            f"{cut['dropped_unscored']:>9}"
+            f"  {cut['max_length']:>8} {cut['overlong']:>9} {cut['rows']:>7} {cut_rows} "
+            f"{cut['dropped_overlong']:>18} {cut['dropped_long_prompt']:>12} {cut['dropped_unscored']:>9}"
         )
     if report["on_overlong"] == "error" and any(cut["overlong"] for cut in report["truncation"]):
         lines.append("  on_overlong error: training would stop at the pairs that are longer, and name them")
     lines += ["", "special tokens:" if report["findings"] else "special tokens: nothing unusual"]
     lines += [f"  {finding}" for finding in report["findings"]]
-    lines += ["", f"pair {report['example']['row']} as it is trained on, scored tokens between >>> and <<<:"]
+    lines += [
+        "",
+        f"{what.split()[-1][:-1]} {report['example']['row']} as it is trained on, scored tokens between >>> and <<<:",
+    ]
     lines += [report["example"]["text"], "", f"histogram: {report['histogram']}"]
     return "\n".join(lines)

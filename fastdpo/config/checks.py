@@ -6,6 +6,7 @@ A config is passed as it is in the middle of its construction. Raises ValueError
 import json
 import logging
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,10 +18,42 @@ from fastdpo.data.layouts import BATCH_LAYOUTS
 from fastdpo.data.limits import ON_OVERLONG
 from fastdpo.data.tokenize_row import SCORED_TURNS
 from fastdpo.json_text import parse_json
+from fastdpo.losses import LossOptions
+from fastdpo.losses.unpaired import UNPAIRED_LOSSES, UnpairedOptions
 
 logger = logging.getLogger(__name__)
 
 ON_NAN = ("stop", "continue")
+
+
+def check_unpaired(config: Any) -> None:
+    """What a loss of single answers has, and what it has not; the order of rows where it is left open."""
+    if config.train_sampling_strategy is None:
+        in_order = not {"kto", "apo_zero_unpaired"}.isdisjoint(config.loss_type)
+        config.train_sampling_strategy = "sequential" if in_order else "random"
+    options = config.loss_options()
+    plain = {option.name: option.default for option in fields(LossOptions)}
+    weights = {option.name: option.default for option in fields(UnpairedOptions) if option.name not in plain}
+    if isinstance(options, LossOptions):
+        for name, default in weights.items():
+            if getattr(config, name) != default:
+                raise ValueError(
+                    f"{name} is for single answers with a label ({', '.join(UNPAIRED_LOSSES)}), and the loss "
+                    f"{', '.join(options.names)} compares pairs; leave it out."
+                )
+        return
+    loss = options.loss_type
+    for name, default in plain.items():
+        if name not in ("loss_type", "beta") and getattr(config, name) != default:
+            raise ValueError(
+                f"{name} is for losses of pairs, got {getattr(config, name)!r}; leave it out for {loss!r}."
+            )
+    if options.loss.shift == "kl" and config.per_device_train_batch_size == 1:
+        raise ValueError(
+            f"{loss} estimates its KL from answers under the prompts of other rows of a batch, and "
+            "per_device_train_batch_size is 1; give at least 2 (with fewer gradient_accumulation_steps), or use bco or "
+            "apo_zero_unpaired."
+        )
 
 
 def check_lengths(config: Any) -> None:

@@ -16,6 +16,7 @@ from fastdpo.data.limits import ON_OVERLONG
 from fastdpo.data.tokenize_row import SCORED_TURNS
 from fastdpo.losses import LossOptions
 from fastdpo.losses.options import AGGREGATES, F_DIVERGENCES
+from fastdpo.losses.unpaired import UNPAIRED_LOSSES, UnpairedOptions
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,13 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Tokens of a batch at most, beside per_device_train_batch_size pairs; unset: no limit."},
     )
+    train_sampling_strategy: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride] None: by the loss
+        default=None,
+        metadata={
+            "help": "Order of the rows; unset: random, and as they come for kto and apo_zero_unpaired (as in TRL).",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
     activation_offloading: bool = field(
         default=False, metadata={"help": "Accepted and not used: `gradient_checkpointing` saves that memory."}
     )
@@ -157,7 +165,9 @@ class DPOConfig(TrainingArguments):
     # the loss, under the names of `LossOptions`
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several that are added with `loss_weights`; docs/losses.md has the table."},
+        metadata={
+            "help": "Loss, or several of pairs that are added with `loss_weights`; docs/losses.md has the table."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each loss in `loss_type`; unset: 1 each."}
@@ -199,6 +209,10 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weight in [0, 1] of tokens beyond the shorter answer's length (LD-DPO); unset: off."},
     )
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "What desirable answers count in kto, bco and apo_zero_unpaired."}
+    )
+    undesirable_weight: float = field(default=1.0, metadata={"help": "What undesirable answers count there."})
 
     # the reference, beside the trainer's `ref_model`
     model_adapter_name: str | None = field(
@@ -247,6 +261,7 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.f_divergence_type, Enum):  # TRL up to 0.28
             self.f_divergence_type = self.f_divergence_type.value
         self.loss_options()
+        checks.check_unpaired(self)
         checks.check_lengths(self)
         checks.check_tools(self)
         checks.check_reference(self)
@@ -266,6 +281,21 @@ class DPOConfig(TrainingArguments):
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = 128 if self.device.type == "neuron" else None
 
-    def loss_options(self) -> LossOptions:
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss is one of single answers with a label."""
+        return not UNPAIRED_LOSSES.keys().isdisjoint(self.loss_type)
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether the loss reads answers under the prompts of other rows."""
+        return self.unpaired and UNPAIRED_LOSSES[self.loss_type[0]].shift == "kl"
+
+    def loss_options(self) -> LossOptions | UnpairedOptions:
         """The options of the loss, checked."""
+        if self.unpaired and len(self.loss_type) == 1:
+            named = {"loss_type": self.loss_type[0], "beta": self.beta}
+            return UnpairedOptions(
+                **named, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
+            )
         return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})

@@ -1,4 +1,4 @@
-"""Preference pairs -> one batch, with the places where the loss reads log-probs."""
+"""Preference rows -> one batch, with the places where the loss reads log-probs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.layouts import BATCH_LAYOUTS, place
+from fastdpo.data.rows.sides import LABEL, MISMATCHED, SIDES, UNPAIRED, sides_of
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 # the reference's sums over each completion, and their parts beyond the shorter completion's length
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_tail_logps", "ref_rejected_tail_logps")
+# the same of unpaired rows: over the completion, and over the other row's under the same prompt
+UNPAIRED_REFERENCE_COLUMNS = ("ref_logps", "ref_KL_logps")
+# where a batch has the sequences of prompts with other rows' completions
+KL_BATCH = "kl"
 
 
 def check_truncation(max_length: int | None, truncation_mode: str) -> None:
@@ -26,7 +31,7 @@ def check_truncation(max_length: int | None, truncation_mode: str) -> None:
 
 @dataclass
 class DataCollatorForPreference:
-    """Cuts the sequences of B pairs to `max_length` and lays them out in one batch.
+    """Cuts the sequences of B pairs, or of B unpaired rows, to `max_length` and lays them out in one batch.
 
     A sequence is prompt + completion, cut to `max_length` tokens (`keep_start`: the first ones, `keep_end`: the last
     ones). Examples have `prompt_ids`, `chosen_ids` and `rejected_ids` (ints). Layouts, of `BATCH_LAYOUTS`:
@@ -50,6 +55,10 @@ class DataCollatorForPreference:
     - `offsets` (2B + 1,) int64: sequence s owns targets[offsets[s]:offsets[s + 1]].
     - `lengths` (2B,) int64: the tokens of each sequence after the cut.
     - those of `REFERENCE_COLUMNS` that the examples have, (B,) fp32.
+
+    Unpaired examples have `completion_ids` and `label` in the place of `chosen_ids` and `rejected_ids`. Their batch has
+    B sequences, one a row where it is padded, `label` (B,) bool, and where they have `KL_completion_ids` (another row's
+    completion, see `mismatched.with_mismatched`) under `kl` a batch of its own of prompts with these.
 
     Completion tokens are scored and prompt tokens are not, unless an example has `prompt_mask`, `chosen_mask` or
     `rejected_mask`: 0 or 1 for each token of that part. A token at position 0 (an empty prompt, or one that `keep_end`
@@ -87,7 +96,19 @@ class DataCollatorForPreference:
             raise ValueError(f"layout is {self.layout!r}; wanted one of {', '.join(BATCH_LAYOUTS)}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        cut = [self._sequence(example, side) for side in ("chosen", "rejected") for example in examples]
+        if sides_of(examples[0]) == SIDES:
+            return {**self._batch(examples, SIDES), **_stored(examples, REFERENCE_COLUMNS)}
+        if self.layout == "shared":
+            raise ValueError("layout 'shared' is for pairs, and these rows have one completion each; use 'packed'.")
+        labels = torch.tensor([bool(example[LABEL]) for example in examples])
+        batch = {**self._batch(examples, UNPAIRED), LABEL: labels}
+        other = MISMATCHED + UNPAIRED[0]
+        if f"{other}_ids" in examples[0]:
+            batch[KL_BATCH] = self._batch(examples, (other,))
+        return {**batch, **_stored(examples, UNPAIRED_REFERENCE_COLUMNS)}
+
+    def _batch(self, examples: Sequence[Mapping[str, Any]], sides: Sequence[str]) -> dict[str, Any]:
+        cut = [self._sequence(example, side) for side in sides for example in examples]
         placed = place(
             self.layout, [ids for ids, _ in cut], self.pad_token_id, self.pad_to_multiple_of, self.max_row_tokens
         )
@@ -96,18 +117,12 @@ class DataCollatorForPreference:
             targets.append(ids[scored])
             rows.append(where[scored.nonzero()[:, 0] - 1])
             counts.append(len(targets[-1]))
-        stored = {
-            name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
-            for name in REFERENCE_COLUMNS
-            if all(example.get(name) is not None for example in examples)
-        }
         return {
             **placed.inputs,
             "rows": torch.cat(rows),
             "targets": torch.cat(targets),
             "offsets": torch.tensor(counts).cumsum(0),
             "lengths": torch.tensor([len(ids) for ids, _ in cut]),
-            **stored,
         }
 
     def _sequence(self, example: Mapping[str, Any], side: str) -> tuple[Tensor, Tensor]:
@@ -125,3 +140,12 @@ class DataCollatorForPreference:
             ids, scored = ids[kept], scored[kept].clone()
         scored[:1] = False
         return ids, scored
+
+
+def _stored(examples: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Tensor]:
+    """Those of these columns that every example has, (B,) fp32."""
+    return {
+        name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        for name in columns
+        if all(example.get(name) is not None for example in examples)
+    }

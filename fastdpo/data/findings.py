@@ -1,5 +1,7 @@
 """What looks wrong in tokenized pairs, one sentence each; counted in Arrow's buffers, so that training can look too."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,23 +14,26 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.data.errors import DataError
 from fastdpo.data.limits import flat_lists
 from fastdpo.data.rows.messages import for_template, from_json
+from fastdpo.data.rows.sides import id_columns
 from fastdpo.data.shown import template_errors
-from fastdpo.data.tokenize_row import ID_COLUMNS
 from fastdpo.json_text import read_json
 from fastdpo.wording import first_line
 
 
 def repeated_pairs(pairs: Dataset) -> tuple[int, int]:
-    """How many pairs have the same chosen and rejected tokens, and how many are the same as an earlier pair."""
+    """How many pairs have the same chosen and rejected tokens, and how many rows are the same as an earlier one.
+
+    Unpaired rows of the same answer count as the same whatever their labels say.
+    """
     identical = 0
     seen: set[int] = set()
-    for lists in flat_lists(pairs, ID_COLUMNS):
+    for lists in flat_lists(pairs, id_columns(pairs.column_names)):
         parts = []
         for values, offsets in lists.values():
             ids = values.astype(np.int64).tobytes()
             parts.append([ids[8 * begin : 8 * end] for begin, end in pairwise(offsets.tolist())])
         for row in zip(*parts, strict=True):
-            identical += row[1] == row[2]
+            identical += len(row) == 3 and row[1] == row[2]
             seen.add(hash(row))
     return identical, len(pairs) - len(seen)
 
@@ -40,10 +45,12 @@ def special_token_findings(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -
     doubled_bos = 0
     ends = end_ids(tokenizer)
     blank = _Blank(tokenizer)
-    missing, doubled = np.zeros(2, int), np.zeros(2, int)
-    for table in flat_lists(pairs, ID_COLUMNS):
+    columns = id_columns(pairs.column_names)
+    sides = [column.removesuffix("_ids") for column in columns[1:]]
+    missing, doubled = np.zeros(len(sides), int), np.zeros(len(sides), int)
+    for table in flat_lists(pairs, columns):
         doubled_bos += _count_double_bos(*table["prompt_ids"], tokenizer.bos_token_id)
-        counts = np.array([_count_endings(*table[side], ends, blank) for side in ID_COLUMNS[1:]])
+        counts = np.array([_count_endings(*table[side], ends, blank) for side in columns[1:]])
         missing += counts[:, 0]
         doubled += counts[:, 1]
     if doubled_bos:
@@ -54,12 +61,60 @@ def special_token_findings(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -
     names = (
         " or ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)) or "(the tokenizer has none)"
     )
-    for (chosen, rejected), text in (
+    for counts, text in (
         (missing, f"do not end with the EOS token {names}: a model trained on them may not learn to stop"),
         (doubled, f"end with the EOS token {names} twice: take it out of the data or the template"),
     ):
-        if chosen or rejected:
-            findings.append(f"{chosen} of {total} chosen and {rejected} of {total} rejected completions {text}.")
+        if any(counts):
+            whose = sides if len(sides) > 1 else [""]
+            where = " and ".join(f"{n} of {total} {side}".rstrip() for n, side in zip(counts, whose, strict=True))
+            findings.append(f"{where} completions {text}.")
+    return findings
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What training gives to `balance_findings`, under the names of its arguments; these are the defaults.
+
+    per_device_train_batch_size: None where it is not known."""
+
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    train_sampling_strategy: str | None = "sequential"
+    per_device_train_batch_size: int | None = None
+
+
+def balance_findings(labels: Sequence[bool], options: Weights | Any) -> list[str]:
+    """The same about desirable and undesirable answers. options: a config, or `Weights`."""
+    good = int(np.count_nonzero(labels))
+    bad = len(labels) - good
+    if not good or not bad:
+        kind = "undesirable" if bad else "desirable"
+        return [f"all {len(labels)} answers are {kind}: nothing tells the model what the other kind is."]
+    findings = []
+    weights = options.desirable_weight, options.undesirable_weight
+    ratio = weights[0] * good / (weights[1] * bad) if weights[1] else np.inf
+    # eq. 8 of arXiv:2402.01306, with TRL's room for rounding
+    if not 0.99 <= ratio <= 1.34:
+        lowest, most = weights[1] * bad / good, 4 / 3 * weights[1] * bad / good
+        others = weights[0] * good / bad
+        findings.append(
+            f"{good} desirable and {bad} undesirable answers weigh {ratio:.2f} to 1, and the KTO paper takes 1 to 4/3: "
+            f"give desirable_weight between {lowest:.2f} and {most:.2f}, or undesirable_weight between "
+            f"{0.75 * others:.2f} and {others:.2f}, not both."
+        )
+    size = options.per_device_train_batch_size
+    if options.train_sampling_strategy == "sequential" and size and len(labels) > 2 * size:
+        batches = np.asarray(labels, dtype=bool)[: len(labels) // size * size].reshape(-1, size)
+        one_kind = float((batches.all(1) | ~batches.any(1)).mean())
+        # what answers in random order have, and four standard deviations more
+        share = good / len(labels)
+        usual = share**size + (1 - share) ** size
+        if one_kind > 0.5 and one_kind > usual + 4 * (usual * (1 - usual) / len(batches)) ** 0.5:
+            findings.append(
+                f"{one_kind:.0%} of the batches of {size} rows, which are taken in their order, have one kind of "
+                "answers alone: shuffle the rows, or give train_sampling_strategy='random'."
+            )
     return findings
 
 

@@ -1,7 +1,9 @@
-"""Rows of any source and format -> a dataset of preference pairs, with bad rows named by file and line."""
+"""Rows of any source and format -> a dataset of preference rows, with bad rows named by file and line."""
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +17,12 @@ from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.rows.llama_factory import Columns
 from fastdpo.data.rows.messages import pack_messages, parse_template_options, to_json
 from fastdpo.data.rows.notes import Note, Notes
-from fastdpo.data.rows.preference import SIDES, Preference, preference_from_row
+from fastdpo.data.rows.preference import Preference, Unpaired, preference_from_row
+from fastdpo.data.rows.sides import LABEL, SIDES, UNPAIRED, is_tokenized, sides_of
 from fastdpo.data.sources import PlacedRow, Source, dataset_rows, open_source
 from fastdpo.wording import count
 
-__all__ = ["DataError", "Preference", "load_preferences", "normalize_dataset", "preference_from_row"]
+__all__ = ["DataError", "Preference", "Unpaired", "load_preferences", "normalize_dataset", "preference_from_row"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ def load_preferences(
     skip_bad_rows: bool = False,
     seed: int = 42,
 ) -> Dataset:
-    """Load preference pairs; columns `prompt`, `chosen`, `rejected` (text, or lists of messages).
+    """Load preference rows; columns `prompt`, `chosen`, `rejected` (text, or lists of messages), or of unpaired rows
+    `prompt`, `completion`, `label` (bool).
 
     `tools` and `chat_template_kwargs` (as JSON text) are kept where rows have them; other columns are left out. A value
     of a message that is no text is stored as text too: `rows.messages.for_template` opens it.
@@ -86,23 +90,24 @@ def stream_preferences(
     where = {"split": split, "config": config, "data_dir": data_dir}
     options = {**where, "dataset_dir": dataset_dir, "data_files": data_files, "columns": columns}
     stream = {"source": source, "options": options, "skip_bad_rows": skip_bad_rows}
-    names = ("prompt", *SIDES, *_OPTIONS)
     # features are known before a row is read: each is read once, and not for its columns
     first = next(_streamed(**stream), None)
     if first is None:
         raise DataError(f"{source} is empty; wanted preference rows with `prompt`, `chosen` and `rejected`.")
     dataset = IterableDataset.from_generator(_streamed, gen_kwargs=stream)
-    return dataset.select_columns(list(names))
+    return dataset.select_columns(list(first))
 
 
 def _streamed(source: str, options: dict[str, Any], skip_bad_rows: bool) -> Iterator[dict[str, Any]]:
-    notes, skipped = Notes(), 0
+    notes, skipped, sides = Notes(), 0, None
     opened = _open(source, **options)
     for place, value in opened.rows:
         try:
             if isinstance(value, RowError):
                 raise value
             stored, row_notes = _stored(value, opened.columns)
+            sides = sides or sides_of(stored)
+            _refuse_other_kind(stored, sides)
         except RowError as error:
             if not skip_bad_rows:
                 raise DataError(f"{place}: {error}.") from None
@@ -150,15 +155,15 @@ def normalize_dataset(
 ) -> Dataset | IterableDataset:
     """The same for a dataset in hand; a bad row is named `where[index]`.
 
-    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`), or normalized and as it was then
-    (`is_normalized`), comes back as it is. An `IterableDataset` is mapped row by row as it is read, and
+    One that is tokenized already (`prompt_ids`, `chosen_ids`, `rejected_ids`, or `completion_ids`), or normalized and
+    as it was then (`is_normalized`), comes back as it is. An `IterableDataset` is mapped row by row as it is read, and
     always has the columns `tools` and `chat_template_kwargs` too; a bad row raises when it is reached, or is left out
     with a warning that counts it.
     """
     if is_normalized(dataset):
         return dataset
     first = next(iter(dataset), {})
-    if isinstance(first, Mapping) and {"prompt_ids", "chosen_ids", "rejected_ids"} <= first.keys():
+    if isinstance(first, Mapping) and is_tokenized(first):
         return dataset
     if isinstance(dataset, IterableDataset):
         if first == {}:
@@ -167,10 +172,12 @@ def normalize_dataset(
             raise DataError(f"{where}[0] is {type(first).__name__}; wanted an object with `chosen` and `rejected`.")
         warn_unused(first, where)
         schema = None if dataset.features is None else dataset.features.arrow_schema
+        names = _columns_of(first, dataset)
         options = {"skip_bad_rows": skip_bad_rows, "where": where, "schema": schema, "skipped": set(), "notes": Notes()}
         # one row at a time, so that no row is read before it is asked for
+        options["names"] = names
         normal = dataset.map(_normalize_one, batched=True, batch_size=1, with_indices=True, fn_kwargs=options)
-        return normal.select_columns(["prompt", *SIDES, *_OPTIONS])
+        return normal.select_columns(names)
     return _build(dataset_rows(dataset, where), where, None, skip_bad_rows)
 
 
@@ -230,10 +237,12 @@ def _build(rows: Iterable[PlacedRow], where: str, entry_columns: Columns | None,
     if not kept and not bad:
         raise DataError(f"{where} is empty; wanted preference rows with `prompt`, `chosen` and `rejected`.")
     settle_bad_rows(where, bad, len(kept), skip_bad_rows)
-    _refuse_mixed(where, [not isinstance(row["prompt"], str) for row in kept], places)
+    _refuse_mixed(where, [LABEL in row for row in kept], places, ("pairs", "single answers"))
+    chats = [not isinstance(row["prompt"], str) for row in kept]
+    _refuse_mixed(where, chats, places, ("plain text", "messages"))
     warn_unused(names, where)
     notes.log(where, len(kept))
-    identical = sum(row["chosen"] == row["rejected"] for row in kept)
+    identical = 0 if LABEL in kept[0] else sum(row["chosen"] == row["rejected"] for row in kept)
     if identical:
         logger.warning(
             f"{where}: chosen and rejected are identical in {identical} of {count(len(kept), 'row')}; they are kept "
@@ -252,9 +261,12 @@ def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str,
     """The columns of one row, with None for an option that it lacks, and what was done; raises `RowError`."""
     try:
         preference = preference_from_row(value, entry_columns)
-        columns: dict[str, Any] = {name: getattr(preference, name) for name in ("prompt", *SIDES)}
+        sides = UNPAIRED if isinstance(preference, Unpaired) else SIDES
+        columns: dict[str, Any] = {name: getattr(preference, name) for name in ("prompt", *sides)}
         if preference.conversational:
             columns = {name: pack_messages(messages, name) for name, messages in columns.items()}
+        if isinstance(preference, Unpaired):
+            columns[LABEL] = preference.label
         # free-form objects travel as JSON text: an Arrow column would give every row every row's keys
         options = (preference.tools, parse_template_options(value.get("chat_template_kwargs")))
         columns |= {name: to_json(option, name) for name, option in zip(_OPTIONS, options, strict=True)}
@@ -263,17 +275,31 @@ def _stored(value: Any, entry_columns: Columns | None = None) -> tuple[dict[str,
         raise RowError("is nested too deeply") from None
 
 
-def _refuse_mixed(where: str, conversational: list[bool], places: list[str]) -> None:
-    chats = sum(conversational)
-    if chats in (0, len(conversational)):
+def _refuse_mixed(where: str, second: list[bool], places: list[str], kinds: tuple[str, str]) -> None:
+    """Raise `DataError` for rows of two kinds. second: whether each row is of the second."""
+    seconds = sum(second)
+    if seconds in (0, len(second)):
         return
-    minority = chats * 2 <= len(conversational)
-    place = places[conversational.index(minority)]
-    kinds = ("plain text", "lists of messages")
+    minority = seconds * 2 <= len(second)
+    place = places[second.index(minority)]
+    counts = (f"{count(len(second) - seconds, 'row')} of {kinds[0]}", f"{seconds} of {kinds[1]}")
     raise DataError(
-        f"{where} mixes {count(len(conversational) - chats, 'row')} of plain text with {chats} of messages; wanted "
-        f"one kind. The first of {kinds[minority]}: {place}."
+        f"{where} mixes {' with '.join(counts)}; wanted one kind. The first row of {kinds[minority]}: {place}."
     )
+
+
+def _columns_of(first: Any, stream: IterableDataset) -> list[str]:
+    """The columns of a stream's rows, as the first one that can be used has them."""
+    for row in itertools.chain([first], stream):
+        with suppress(RowError):
+            return list(_stored(row)[0])
+    return ["prompt", *SIDES, *_OPTIONS]
+
+
+def _refuse_other_kind(row: Mapping[str, Any], sides: tuple[str, ...]) -> None:
+    if sides_of(row) != sides:
+        kinds = ("an unpaired row", "pairs") if sides == SIDES else ("a pair", "unpaired rows")
+        raise RowError(f"is {kinds[0]} among {kinds[1]}; wanted one kind")
 
 
 def _normalize_one(
@@ -284,6 +310,7 @@ def _normalize_one(
     schema: Any,
     skipped: set[str],
     notes: Notes,
+    names: list[str],
 ) -> dict[str, list[Any]]:
     """One row of a stream; schema: Arrow's, None where the rows come from Python."""
     row = {name: values[0] for name, values in batch.items()}
@@ -291,6 +318,7 @@ def _normalize_one(
         if schema is not None:
             row = arrow_rows(schema, decoded=True)(row)
         stored, row_notes = _stored(row)
+        _refuse_other_kind(stored, sides_of(names))
         for note in notes.add(f"{where}[{indices[0]}]", row_notes):
             logger.log(note.level, f"{where}: {note.text} (the first row is {where}[{indices[0]}]).")
         return {name: [value] for name, value in stored.items()}
@@ -302,4 +330,4 @@ def _normalize_one(
         skipped.add(said)
         logger.warning(f"{said} ({count(len(skipped), 'bad row')} so far)")
     # no row, also in the columns that are dropped afterwards
-    return {name: [] for name in (*batch, "prompt", *SIDES, *_OPTIONS)}
+    return {name: [] for name in (*batch, *names)}

@@ -1,4 +1,4 @@
-"""What `max_length` and its relatives do to tokenized pairs: which are kept, which are cut, which are too long."""
+"""What `max_length` and its relatives do to tokenized rows: which are kept, which are cut, which are too long."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from fastdpo.data.errors import DataError
+from fastdpo.data.rows.sides import id_columns, mask_columns, sides_of
 from fastdpo.data.tokenize_report import TokenizeReport
-from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS, PROMPT_CUT
+from fastdpo.data.tokenize_row import PROMPT_CUT
 from fastdpo.wording import count
 
 ON_OVERLONG = ("truncate", "drop", "error")
@@ -34,28 +35,38 @@ class Limits:
             raise ValueError(f"on_overlong is {self.on_overlong!r}; wanted one of {', '.join(ON_OVERLONG)}.")
 
     @property
-    def parts(self) -> tuple[int | None, int | None, int | None]:
-        """The longest prompt, chosen and rejected completion."""
-        return self.max_prompt_length, self.max_completion_length, self.max_completion_length
+    def shortens(self) -> bool:
+        """Whether prompts or completions have a limit of their own."""
+        return bool(self.max_prompt_length or self.max_completion_length)
+
+    def parts(self, completions: int) -> list[int | None]:
+        """The longest prompt, and the longest of each completion."""
+        return [self.max_prompt_length, *[self.max_completion_length] * completions]
 
     def shorten(self, row: dict[str, Any]) -> dict[str, Any]:
         """The prompt's last tokens and the completions' first ones, and what of the masks belongs to them."""
-        cuts = [slice(-limit if limit else None, None) for limit in self.parts[:1]]
-        cuts += [slice(limit) for limit in self.parts[1:]]
-        cut = {**dict(zip(ID_COLUMNS, cuts, strict=True)), **dict(zip(MASK_COLUMNS, cuts, strict=True))}
-        return {column: row[column][part] for column, part in cut.items() if column in row}
+        limit = self.max_prompt_length
+        cuts = [slice(-limit if limit else None, None)]
+        cuts += [slice(self.max_completion_length)] * len(sides_of(row))
+        columns = [*zip(id_columns(row), cuts, strict=True), *zip(mask_columns(row), cuts, strict=True)]
+        return {column: row[column][part] for column, part in columns if column in row}
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Numbers of tokens, (rows,) int64 each. first, last: the scored tokens of chosen and rejected at either end, as
-    indices into the completion; where none is scored, first is past last."""
+    """Numbers of tokens, (rows,) int64 each; of chosen and rejected, or of the one completion. first, last: its scored
+    tokens at either end, as indices into the completion; where none is scored, first is past last."""
 
     prompt: np.ndarray
-    completions: tuple[np.ndarray, np.ndarray]
-    first: tuple[np.ndarray, np.ndarray]
-    last: tuple[np.ndarray, np.ndarray]
+    completions: tuple[np.ndarray, ...]
+    first: tuple[np.ndarray, ...]
+    last: tuple[np.ndarray, ...]
     prompt_cut: np.ndarray | None = None
+
+    @property
+    def longer(self) -> np.ndarray:
+        """Of the longer completion."""
+        return np.maximum.reduce(self.completions)
 
 
 def flat_lists(dataset: Dataset, columns: Sequence[str]) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -75,22 +86,19 @@ def flat_lists(dataset: Dataset, columns: Sequence[str]) -> Iterator[dict[str, t
 
 def measure(dataset: Dataset) -> Lengths:
     """The lengths of a dataset's rows."""
-    masked = MASK_COLUMNS[0] in dataset.column_names
-    columns = [*ID_COLUMNS, *MASK_COLUMNS[1:]] if masked else [*ID_COLUMNS]
+    ids, masks = id_columns(dataset.column_names), mask_columns(dataset.column_names)
+    masked = masks[0] in dataset.column_names
     parts: list[list[np.ndarray]] = []
-    for lists in flat_lists(dataset, columns):
-        prompt, chosen, rejected = (np.diff(lists[column][1]) for column in ID_COLUMNS)
-        ends = (
-            [_ends(*lists[name]) for name in MASK_COLUMNS[1:]]
-            if masked
-            else [(n * 0, n - 1) for n in (chosen, rejected)]
-        )
-        parts.append([prompt, chosen, rejected, *ends[0], *ends[1]])
-    prompt, chosen, rejected, *ends = (np.concatenate(part) for part in zip(*parts, strict=True))
+    for lists in flat_lists(dataset, [*ids, *masks[1:]] if masked else ids):
+        prompt, *completions = (np.diff(lists[column][1]) for column in ids)
+        ends = [_ends(*lists[name]) for name in masks[1:]] if masked else [(n * 0, n - 1) for n in completions]
+        parts.append([prompt, *completions, *(first for first, _ in ends), *(last for _, last in ends)])
+    prompt, *rest = (np.concatenate(part) for part in zip(*parts, strict=True))
+    sides = len(ids) - 1
     cut = None
     if PROMPT_CUT in dataset.column_names:
         cut = np.array(dataset.select_columns([PROMPT_CUT])[:][PROMPT_CUT])
-    return Lengths(prompt, (chosen, rejected), (ends[0], ends[2]), (ends[1], ends[3]), cut)
+    return Lengths(prompt, tuple(rest[:sides]), tuple(rest[sides : 2 * sides]), tuple(rest[2 * sides :]), cut)
 
 
 def _ends(mask: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,35 +112,38 @@ def _ends(mask: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def measure_row(row: Mapping[str, Any]) -> Lengths:
     """The same for one row of a stream."""
-    prompt, *completions = (np.array([len(row[column])]) for column in ID_COLUMNS)
-    if MASK_COLUMNS[0] in row:
-        ends = [_ends(np.asarray(row[name]), np.array([0, len(row[name])])) for name in MASK_COLUMNS[1:]]
+    prompt, *completions = (np.array([len(row[column])]) for column in id_columns(row))
+    masks = mask_columns(row)
+    if masks[0] in row:
+        ends = [_ends(np.asarray(row[name]), np.array([0, len(row[name])])) for name in masks[1:]]
     else:
         ends = [(n * 0, n - 1) for n in completions]
-    return Lengths(prompt, (completions[0], completions[1]), (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
+    return Lengths(prompt, tuple(completions), tuple(first for first, _ in ends), tuple(last for _, last in ends))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the limits do to each row, (rows,) bool each. `cut`, `scored`: of chosen and of rejected."""
+    """What the limits do to each row, (rows,) bool each. `cut`, `scored`, `whole`: of each completion; `shortened`: of
+    the prompt and of each."""
 
     overlong: np.ndarray
     long_prompt: np.ndarray
-    cut: tuple[np.ndarray, np.ndarray]
-    scored: tuple[np.ndarray, np.ndarray]
-    whole: tuple[np.ndarray, np.ndarray]  # int64, tokens of prompt + completion
+    cut: list[np.ndarray]
+    scored: list[np.ndarray]
+    whole: list[np.ndarray]  # int64, tokens of prompt + completion
     shortened: list[np.ndarray]
 
     def kept(self, drop_overlong: bool) -> np.ndarray:
-        kept = ~self.long_prompt & (self.scored[0] | self.scored[1])
+        kept = ~self.long_prompt & np.logical_or.reduce(self.scored)
         return kept & ~self.overlong if drop_overlong else kept
 
 
 def judge(lengths: Lengths, limits: Limits) -> Verdict:
     """What the collator will cut off each sequence, and whether it then has a token to score."""
     whole_lengths = [lengths.prompt, *lengths.completions]
+    most = limits.parts(len(lengths.completions))
     prompt, *completions = (
-        n if limit is None else np.minimum(n, limit) for n, limit in zip(whole_lengths, limits.parts, strict=True)
+        n if limit is None else np.minimum(n, limit) for n, limit in zip(whole_lengths, most, strict=True)
     )
     keep_start = limits.truncation_mode == "keep_start"
     whole, cut, scored = [], [], []
@@ -149,11 +160,11 @@ def judge(lengths: Lengths, limits: Limits) -> Verdict:
     long_prompt = prompt >= limits.max_length if keep_start and limits.max_length is not None else prompt < 0
     left = [prompt, *completions]
     return Verdict(
-        overlong=cut[0] | cut[1],
+        overlong=np.logical_or.reduce(cut),
         long_prompt=long_prompt,
-        cut=(cut[0], cut[1]),
-        scored=(scored[0], scored[1]),
-        whole=(whole[0], whole[1]),
+        cut=cut,
+        scored=scored,
+        whole=whole,
         shortened=[before > after for before, after in zip(whole_lengths, left, strict=True)],
     )
 
@@ -171,6 +182,12 @@ def apply_limits(lengths: Lengths, limits: Limits, name: str) -> tuple[np.ndarra
     def total(which: np.ndarray) -> int:
         return int((which & kept).sum())
 
+    names = ("chosen", "rejected") if len(verdict.cut) == 2 else ("completions",)
+    cut: dict[str, Any] = {
+        f"truncated_{name}": total(of_side) for name, of_side in zip(names, verdict.cut, strict=True)
+    }
+    for part, shortened in zip(("prompts", *names), verdict.shortened, strict=True):
+        cut[f"shortened_{part}"] = total(shortened)
     report = TokenizeReport(
         name=name,
         rows=int(kept.sum()),
@@ -179,12 +196,8 @@ def apply_limits(lengths: Lengths, limits: Limits, name: str) -> tuple[np.ndarra
         dropped_overlong=int(overlong.sum()),
         dropped_long_prompt=int(long_prompt.sum()),
         dropped_unscored=int((~kept & ~overlong & ~long_prompt).sum()),
-        truncated_chosen=total(verdict.cut[0]),
-        truncated_rejected=total(verdict.cut[1]),
-        empty_after_truncation=total(~(verdict.scored[0] & verdict.scored[1])),
-        shortened_prompts=total(verdict.shortened[0]),
-        shortened_chosen=total(verdict.shortened[1]),
-        shortened_rejected=total(verdict.shortened[2]),
+        empty_after_truncation=total(~np.logical_and.reduce(verdict.scored)),
+        **cut,
         prompt_cut=total(lengths.prompt_cut > 0) if lengths.prompt_cut is not None else 0,
         length_of=_length_of(lengths, limits) if long_prompt.any() else None,
     )
@@ -192,7 +205,7 @@ def apply_limits(lengths: Lengths, limits: Limits, name: str) -> tuple[np.ndarra
 
 
 def _length_of(lengths: Lengths, limits: Limits) -> dict[str, int]:
-    """The `max_length` with which the prompt alone fills it in no more than a share of the pairs."""
+    """The `max_length` with which the prompt alone fills it in no more than a share of the rows."""
     limit = limits.max_prompt_length
     prompts = np.sort(lengths.prompt if limit is None else np.minimum(lengths.prompt, limit))
     shares = {"95 %": 0.95, "100 %": 1.0}
@@ -209,18 +222,20 @@ def keep_row(row: dict[str, Any], index: int, limits: Limits, name: str) -> bool
 
 def _overlong(verdict: Verdict, limits: Limits, name: str, first: int = 0) -> str:
     rows = np.flatnonzero(verdict.overlong)
-    lines = [
-        f"  {name}[{first + row}]: {verdict.whole[0][row]} tokens with chosen, {verdict.whole[1][row]} with rejected"
-        for row in rows[:_SHOWN]
-    ]
+    lines = []
+    for row in rows[:_SHOWN]:
+        tokens = f"{verdict.whole[0][row]} tokens"
+        if len(verdict.whole) == 2:
+            tokens += f" with chosen, {verdict.whole[1][row]} with rejected"
+        lines.append(f"  {name}[{first + row}]: {tokens}")
     if len(rows) > _SHOWN:
         lines.append(f"  and {len(rows) - _SHOWN} more")
     of = f" of {len(verdict.overlong)}" if len(verdict.overlong) > 1 else ""
     are = "is" if len(rows) == 1 else "are"
+    longer = count(len(rows), "pair" if len(verdict.whole) == 2 else "row")
     return "\n".join(
         [
-            f"{name}: {count(len(rows), 'pair')}{of} {are} longer than max_length={limits.max_length}, and on_overlong "
-            "is 'error':",
+            f"{name}: {longer}{of} {are} longer than max_length={limits.max_length}, and on_overlong is 'error':",
             *lines,
             "Raise max_length, or take on_overlong=drop or truncate.",
         ]
@@ -232,9 +247,9 @@ def none_left(lengths: Lengths, report: TokenizeReport) -> str:
     total = len(lengths.prompt)
     rows = f"all {total} rows were" if total > 1 else "the only row was"
     if report.dropped_overlong:
-        shortest = int((lengths.prompt + np.maximum(*lengths.completions)).min())
+        shortest = int((lengths.prompt + lengths.longer).min())
         return (
-            f"{report.name}: {rows} dropped, since each pair is longer than max_length={report.max_length} and "
+            f"{report.name}: {rows} dropped, since each row is longer than max_length={report.max_length} and "
             f"on_overlong is 'drop', or has nothing to score (the shortest has {shortest} tokens); raise max_length."
         )
     if not report.dropped_long_prompt:

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from fastdpo.data.data_files import DataFiles
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences, mark_normalized, stream_preferences
+from fastdpo.data.rows.sides import LABEL
 from fastdpo.wording import count, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -163,14 +164,21 @@ def mix(parts: Sequence[Dataset], specs: Sequence[DatasetSpec]) -> Dataset:
         parts = [_taken(part, range(n)) for n, part in zip(taken, parts, strict=True)]
     if len(parts) == 1:
         return parts[0]
+    single = [LABEL in part.column_names for part in parts]
     texts = [isinstance(part[0]["prompt"], str) for part in parts]
-    if len(set(texts)) > 1:
-        kinds = (specs[texts.index(True)].label, specs[texts.index(False)].label)
-        raise DataError(f"{kinds[0]} has rows of plain text and {kinds[1]} of messages; wanted one kind.")
+    for kinds, first, second in ((single, "single answers", "pairs"), (texts, "plain text", "messages")):
+        if len(set(kinds)) > 1:
+            labels = (specs[kinds.index(True)].label, specs[kinds.index(False)].label)
+            raise DataError(f"{labels[0]} has rows of {first} and {labels[1]} of {second}; wanted one kind.")
+    return joined(parts)
+
+
+def joined(parts: Sequence[Dataset]) -> Dataset:
+    """Normalized datasets of one kind of rows, one after another."""
     if all(part.features == parts[0].features for part in parts):
         return mark_normalized(concatenate_datasets(list(parts)), *parts)
     # messages with other keys are of another type: Arrow finds one that has all of them
-    columns = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    columns = dict.fromkeys(name for part in parts for name in part.column_names)
     rows = [{name: row.get(name) for name in columns} for part in parts for row in cast("Any", part)]
     present = [name for name in columns if any(row[name] is not None for row in rows)]
     return mark_normalized(Dataset.from_dict({name: [row[name] for row in rows] for name in present}), *parts)

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from fastdpo.data.arrow_rows import arrow_rows
 from fastdpo.data.errors import DataError
 from fastdpo.data.files import FILE_TYPES, PlacedRow, file_type, read_file
-from fastdpo.data.rows.llama_factory import Columns, DatasetEntry, parse_entry, read_entries
+from fastdpo.data.rows.llama_factory import Columns, DatasetEntry, is_preference, parse_entry, read_entries
 from fastdpo.wording import did_you_mean, first_line
 
 
@@ -63,7 +63,7 @@ def _sibling_columns(path: Path) -> Columns | None:
     if not (path.parent / "dataset_info.json").is_file():
         return None
     for name, entry in read_entries(path.parent).items():
-        if isinstance(entry, dict) and entry.get("file_name") == path.name and entry.get("ranking"):
+        if is_preference(entry) and entry.get("file_name") == path.name:
             return parse_entry(name, entry, path.parent).columns
     return None
 
@@ -94,12 +94,12 @@ def _open_folder(path: Path, split: str, config: str | None) -> Source:
         return Source(str(path), dataset_rows(saved, str(path)))
     if (path / "dataset_info.json").is_file():
         entries = read_entries(path)
-        ranking = [name for name, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
-        if len(ranking) == 1:
-            return _open_entry(parse_entry(ranking[0], entries[ranking[0]], path), split, config)
+        usable = [name for name, entry in entries.items() if is_preference(entry)]
+        if len(usable) == 1:
+            return _open_entry(parse_entry(usable[0], entries[usable[0]], path), split, config)
         raise DataError(
-            f"{path / 'dataset_info.json'} has {len(ranking)} preference entries "
-            f"({', '.join(ranking) or 'none'}); choose one with --dataset_name NAME --dataset_dir {path}."
+            f"{path / 'dataset_info.json'} has {len(usable)} preference entries "
+            f"({', '.join(usable) or 'none'}); choose one with --dataset_name NAME --dataset_dir {path}."
         )
     files = _split_files(path, split, config)
     if files is not None:

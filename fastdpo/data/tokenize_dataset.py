@@ -17,30 +17,18 @@ from fastdpo.data.errors import DataError, RowError
 from fastdpo.data.formats import places_of, warn_unused
 from fastdpo.data.limits import Limits, apply_limits, keep_row, measure, none_left
 from fastdpo.data.rows.messages import for_template
+from fastdpo.data.rows.sides import LABEL, SIDES, id_columns, is_tokenized, mask_columns, sides_of, token_columns
 from fastdpo.data.shown import left_out_sentence
 from fastdpo.data.template_bounds import check_template
 from fastdpo.data.tokenize_report import TokenizeReport
-from fastdpo.data.tokenize_row import (
-    ID_COLUMNS,
-    LEFT_OUT,
-    MASK_COLUMNS,
-    PROMPT_CUT,
-    SCORED_TURNS,
-    template_options,
-    tokenize_row,
-)
+from fastdpo.data.tokenize_row import LEFT_OUT, PROMPT_CUT, SCORED_TURNS, template_options, tokenize_row
 
-__all__ = ["ID_COLUMNS", "MASK_COLUMNS", "TokenizeReport", "pair_columns", "tokenize_dataset"]
+__all__ = ["TokenizeReport", "tokenize_dataset"]
 
 logger = logging.getLogger(__name__)
 
 # columns of a tokenized row that go with it no further
 _REFUSAL, _SAME = "_refusal", "_same_tokens"
-
-
-def pair_columns(columns: Iterable[str]) -> list[str]:
-    """Of these columns the ones that make a pair: `ID_COLUMNS`, and `MASK_COLUMNS` where all of them are there."""
-    return [*ID_COLUMNS, *(MASK_COLUMNS if set(MASK_COLUMNS) <= set(columns) else ())]
 
 
 def tokenize_dataset(
@@ -62,11 +50,11 @@ def tokenize_dataset(
     """Tokenize the rows of `load_preferences` or `normalize_dataset`.
 
     Returns the dataset with columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ints, not truncated:
-    the collator truncates) and a report. With `truncation_mode="keep_start"` rows whose prompt alone has
-    `max_length` tokens or more are dropped and counted: no completion token of theirs could be scored. So are
-    other rows that leave nothing to score in either completion. A dataset that already has the three columns
-    is only checked (lists of ints of 0 or more) and filtered, and keeps its columns that are named in `keep`. An
-    `IterableDataset` is mapped, checked and filtered lazily.
+    the collator truncates), or of unpaired rows `prompt_ids`, `completion_ids`, `label`, and a report. With
+    `truncation_mode="keep_start"` rows whose prompt alone has `max_length` tokens or more are dropped and counted: no
+    completion token of theirs could be scored. So are other rows that leave nothing to score in either completion. A
+    dataset that already has these columns is only checked (lists of ints of 0 or more) and filtered, and keeps its
+    columns that are named in `keep`. An `IterableDataset` is mapped, checked and filtered lazily.
 
     Before all that, prompts are cut from the left to `max_prompt_length` tokens and completions from the right to
     `max_completion_length` (as TRL up to 0.28); kept rows that lost tokens are counted. `tools`: see `tokenize_row`.
@@ -90,33 +78,36 @@ def tokenize_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise DataError(f"{name}: the dataset has no row.")
-    tokenized = set(ID_COLUMNS) <= first.keys()
+    tokenized = is_tokenized(first)
     left_out: tuple[str, ...] = ()
     if tokenized:
         warn_unused(set(first).difference(keep), name)
-        columns = pair_columns(first)
+        columns = token_columns(first)
+        if LABEL in columns and LABEL not in first:
+            raise DataError(f"{name}: missing column `{LABEL}`; found {', '.join(first)}.")
         if isinstance(dataset, IterableDataset):
-            dataset = dataset.map(_check_pair, with_indices=True, fn_kwargs={"name": name})
+            dataset = dataset.map(_check_row, with_indices=True, fn_kwargs={"name": name})
         else:
-            _check_pairs(dataset, name)
+            _check_rows(dataset, name)
     else:
         _check_tokenizer(first, tokenizer, name, tools)
         masked = scored_turns == "all" and not isinstance(first["prompt"], str)
-        columns = [*ID_COLUMNS, *(MASK_COLUMNS if masked else ())]
+        masks = mask_columns(first) if masked else []
+        columns = token_columns([*id_columns(first), *masks])
         if isinstance(dataset, Dataset):
             dataset, left_out = tokenize_rows(dataset, tokenizer, name, tools, scored_turns, num_proc, skip_bad_rows)
         else:
             options = {"tokenizer": tokenizer, "tools": tools, "scored_turns": scored_turns}
-            dataset = dataset.map(_tokenize_row, fn_kwargs=options, remove_columns=list(first))
+            dataset = dataset.map(_tokenize_row, fn_kwargs=options, remove_columns=_read(first))
             stream = {"name": name, "skip_bad_rows": skip_bad_rows}
             dataset = dataset.filter(_usable, with_indices=True, fn_kwargs=stream)
 
-    if scored_turns == "all" and len(columns) == len(ID_COLUMNS):
+    if scored_turns == "all" and not set(mask_columns(columns)) <= set(columns):
         what = "tokenized already, without masks" if tokenized else "texts, which have no turns"
         logger.warning(f"{name}: scored_turns='all' changes nothing: the rows are {what}.")
     columns += [column for column in keep if tokenized and column in first]
     if isinstance(dataset, IterableDataset):
-        if any(limits.parts):
+        if limits.shortens:
             dataset = dataset.map(limits.shorten)
         dataset = dataset.select_columns(columns)
         dataset = dataset.filter(keep_row, with_indices=True, fn_kwargs={"limits": limits, "name": name})
@@ -137,7 +128,9 @@ def tokenize_dataset(
         )
     if len(kept) < len(dataset):
         dataset = dataset.select(kept)
-    if report.shortened_prompts or report.shortened_chosen or report.shortened_rejected:
+    if any(
+        (report.shortened_prompts, report.shortened_chosen, report.shortened_rejected, report.shortened_completions)
+    ):
         dataset = dataset.map(limits.shorten, desc=f"Shortening {name}")
     return dataset.select_columns(columns), report
 
@@ -159,12 +152,17 @@ def tokenize_rows(
     tokenized = dataset.map(
         _tokenize_row,
         fn_kwargs={"tokenizer": tokenizer, "tools": tools, "scored_turns": scored_turns},
-        remove_columns=dataset.column_names,
+        remove_columns=_read(dataset.column_names),
         # one process more than rows would only start for nothing
         num_proc=min(num_proc, len(dataset)) if num_proc else None,
         desc=f"Tokenizing {name}",
     )
     return _usable_rows(tokenized, name, places_of(dataset, name), skip_bad_rows)
+
+
+def _read(columns: Iterable[str]) -> list[str]:
+    """Of the columns those that tokenization takes the place of."""
+    return [column for column in columns if column != LABEL]
 
 
 def _tokenize_row(
@@ -173,7 +171,11 @@ def _tokenize_row(
     """As `tokenize_row`, with columns for why a row cannot be used, and whether its two answers became one."""
     try:
         columns = tokenize_row(row, tokenizer, tools, scored_turns)
-        same = columns["chosen_ids"] == columns["rejected_ids"] and row["chosen"] != row["rejected"]
+        same = (
+            sides_of(row) == SIDES
+            and columns["chosen_ids"] == columns["rejected_ids"]
+            and row["chosen"] != row["rejected"]
+        )
         return {**columns, _REFUSAL: "", _SAME: same}
     except TemplateSyntaxError as error:
         reason = str(error.message).split(". ")[0].rstrip(".")
@@ -182,8 +184,8 @@ def _tokenize_row(
         refusal = f"the chat template refuses this row: {error}"
     except RowError as error:
         refusal = str(error)
-    masks = MASK_COLUMNS if scored_turns == "all" and not isinstance(row["prompt"], str) else ()
-    empty = {name: [] for name in (*ID_COLUMNS, *masks)}
+    masks = mask_columns(row) if scored_turns == "all" and not isinstance(row["prompt"], str) else ()
+    empty = {name: [] for name in (*id_columns(row), *masks)}
     return {**empty, PROMPT_CUT: 0, LEFT_OUT: "", _REFUSAL: refusal, _SAME: False}
 
 
@@ -229,7 +231,8 @@ def _usable(row: dict[str, Any], index: int, name: str, skip_bad_rows: bool) -> 
 def _check_tokenizer(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str, tools: str | None = None
 ) -> None:
-    missing = [column for column in ("prompt", "chosen", "rejected") if column not in row]
+    sides = sides_of(row)
+    missing = [column for column in ("prompt", *sides) if column not in row]
     if missing:
         raise DataError(f"{name}: missing column `{missing[0]}`; found {', '.join(row)}.")
     if isinstance(row["prompt"], str):
@@ -240,18 +243,20 @@ def _check_tokenizer(
     elif tokenizer.chat_template is None:
         raise DataError(
             f"{name}: the rows are messages, but the tokenizer has no chat template; set "
-            "tokenizer.chat_template, use the tokenizer of a chat model, or give prompt, chosen and rejected "
-            "as text."
+            f"tokenizer.chat_template, use the tokenizer of a chat model, or give {', '.join(('prompt', *sides[:-1]))} "
+            f"and {sides[-1]} as text."
         )
     else:
-        prompt, chosen, rejected = (for_template(row[part]) for part in ("prompt", "chosen", "rejected"))
-        renders = [(prompt, True), (prompt + chosen, False), (prompt + rejected, False)]
+        prompt, *answers = (for_template(row[part]) for part in ("prompt", *sides))
+        renders = [(prompt, True), *((prompt + answer, False) for answer in answers)]
         check_template(tokenizer, renders, template_options(row, tools), f"{name}[0]")
 
 
-def _check_pairs(dataset: Dataset, name: str) -> None:
+def _check_rows(dataset: Dataset, name: str) -> None:
     """Raise `DataError` for the first row whose ids or masks are none, without making Python lists of ids."""
-    columns = pair_columns(dataset.column_names)
+    names = dataset.column_names
+    ids_columns, masks = id_columns(names), [mask for mask in mask_columns(names) if mask in token_columns(names)]
+    columns = [*ids_columns, *masks]
     done = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
         chunks: dict[str, Any] = {column: cast("pa.Table", table).column(column).combine_chunks() for column in columns}
@@ -259,7 +264,7 @@ def _check_pairs(dataset: Dataset, name: str) -> None:
             bad = _first_bad_list(chunk)
             if bad is not None:
                 raise DataError(_bad_ids(name, done + bad, column))
-        for ids, mask in zip(ID_COLUMNS, columns[len(ID_COLUMNS) :], strict=False):
+        for ids, mask in zip(ids_columns, masks, strict=False):
             lengths = [pc.call_function("list_value_length", [chunks[column]]) for column in (ids, mask)]
             same = pc.call_function("all", [pc.call_function("equal", lengths)]).as_py()
             if not same or (pc.call_function("max", [chunks[mask].flatten()]).as_py() or 0) > 1:
@@ -285,16 +290,17 @@ def _first_bad_list(chunk: Any) -> int | None:
     )
 
 
-def _check_pair(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
+def _check_row(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
     """The same for one row of a stream."""
     lists = {}
-    for column in pair_columns(row):
+    names = [column for column in token_columns(row) if column != LABEL]
+    for column in names:
         ids: Any = row.get(column)
         ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a stream formatted as numpy or torch
         if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
             raise DataError(_bad_ids(name, index, column))
         lists[column] = ids
-    for ids, mask in zip(ID_COLUMNS, MASK_COLUMNS, strict=True):
+    for ids, mask in zip(id_columns(row), mask_columns(row), strict=True):
         if mask in lists and not _marks(lists[mask], lists[ids]):
             raise DataError(_bad_mask(name, index, mask, ids))
     return row
@@ -305,7 +311,7 @@ def _marks(mask: list[int], ids: list[int]) -> bool:
 
 
 def _bad_ids(name: str, index: int, column: str) -> str:
-    what = "token ids" if column in ID_COLUMNS else "marks"
+    what = "token ids" if column.endswith("_ids") else "marks"
     return f"{name}[{index}]: `{column}` is not a list of {what}; wanted integers of 0 or more."
 
 

@@ -8,11 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.errors import RowError
 from fastdpo.data.rows.messages import Message, for_template, from_json
+from fastdpo.data.rows.sides import sides_of
 from fastdpo.data.shown import check_shown, template_errors
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# 1 for a scored token, 0 for context; absent: 0 in the prompt, 1 in the completions
-MASK_COLUMNS = ("prompt_mask", "chosen_mask", "rejected_mask")
 SCORED_TURNS = ("last", "all")
 PROMPT_CUT = "_prompt_tokens_cut"
 # "role field" of what the chat template leaves out of a row, one a line
@@ -30,14 +28,15 @@ def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
 def tokenize_row(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tools: str | None = None, scored_turns: str = "last"
 ) -> dict[str, Any]:
-    """One row of texts, or of lists of messages -> `prompt_ids`, `chosen_ids`, `rejected_ids`.
+    """One row of texts, or of lists of messages -> `prompt_ids`, `chosen_ids`, `rejected_ids`, or of an unpaired row
+    `prompt_ids`, `completion_ids`.
 
     Prompt, prompt + chosen and prompt + rejected are tokenized as wholes (messages through the chat template,
     the prompt with the generation prompt; text with the EOS token after the completion). A completion is what
     follows the common prefix of prompt and whole, the shorter of both completions' prefixes, so that tokens
     which merge across the boundary, or a template that renders the last turn otherwise, end up in the
     completions and both completions share `prompt_ids`. This is TRL 1.16's rule
-    (`DPOTrainer._prepare_dataset`).
+    (`DPOTrainer._prepare_dataset`, `KTOTrainer._prepare_dataset`).
 
     `tools` (a list, or its JSON text) and `chat_template_kwargs` (a dict, or its JSON text) go to the
     template; rows without tools get those in `tools` (JSON text).
@@ -53,38 +52,38 @@ def tokenize_row(
     Raises `jinja2.TemplateError` where the chat template refuses the row, and `RowError` where it shows nothing of a
     turn, or cannot leave one open.
     """
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    sides = sides_of(row)
+    prompt, answers = row["prompt"], [row[side] for side in sides]
     if isinstance(prompt, str):
         eos = tokenizer.eos_token
         prompt_ids = tokenizer(prompt)["input_ids"]
-        whole = [
-            tokenizer(prompt + (text if text.endswith(eos) else text + eos))["input_ids"] for text in (chosen, rejected)
-        ]
-        return _split(prompt_ids, whole)
+        whole = [tokenizer(prompt + (text if text.endswith(eos) else text + eos))["input_ids"] for text in answers]
+        return _split(prompt_ids, whole, sides)
     options = template_options(row, tools)
 
     def render(messages: list[Message], **more: Any) -> list[int]:
         return template_ids(tokenizer, messages, **options, **more)
 
-    prompt, chosen, rejected = (for_template(messages) for messages in (prompt, chosen, rejected))
+    prompt, *answers = (for_template(messages) for messages in (prompt, *answers))
     begun = prompt
-    goes_on = prompt[-1]["role"] == chosen[0]["role"] == rejected[0]["role"] == "assistant"
+    goes_on = all(messages[0]["role"] == "assistant" for messages in (prompt[-1:], *answers))
     if goes_on:
-        prompt, chosen, rejected = prompt[:-1], _continued(prompt[-1], chosen), _continued(prompt[-1], rejected)
+        prompt, answers = prompt[:-1], [_continued(begun[-1], messages) for messages in answers]
     left_out: dict[tuple[str, str], None] = {}
-    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+    for side, completion in zip(sides, answers, strict=True):
         left_out |= dict.fromkeys(check_shown(tokenizer, prompt, completion, options, side))
     asked = _left_open(begun, render) if goes_on else render(prompt, add_generation_prompt=True)
-    whole = [render(prompt + messages) for messages in (chosen, rejected)]
-    columns = _split(asked, whole)
+    whole = [render(prompt + messages) for messages in answers]
+    columns = _split(asked, whole, sides)
     columns[LEFT_OUT] = "\n".join(f"{role} {field}" for role, field in left_out)
     if scored_turns == "all":
         shared = len(columns["prompt_ids"])
-        spans = assistant_spans(prompt + chosen, whole[0], render)
-        columns["prompt_mask"] = _mask(spans, 0, shared)
-        columns["chosen_mask"] = _completion_mask(spans, whole[0], shared, chosen)
-        spans = assistant_spans(prompt + rejected, whole[1], render, first=len(prompt))
-        columns["rejected_mask"] = _completion_mask(spans, whole[1], shared, rejected)
+        for side, completion, ids in zip(sides, answers, whole, strict=True):
+            # the prompt's turns are looked for once
+            first = len(prompt) if "prompt_mask" in columns else 0
+            spans = assistant_spans(prompt + completion, ids, render, first=first)
+            columns.setdefault("prompt_mask", _mask(spans, 0, shared))
+            columns[f"{side}_mask"] = _completion_mask(spans, ids, shared, completion)
     return columns
 
 
@@ -120,12 +119,11 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **
     return encoded["input_ids"]
 
 
-def _split(prompt_ids: list[int], whole: list[list[int]]) -> dict[str, Any]:
+def _split(prompt_ids: list[int], whole: list[list[int]], sides: Sequence[str]) -> dict[str, Any]:
     shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
     return {
         "prompt_ids": prompt_ids[:shared],
-        "chosen_ids": whole[0][shared:],
-        "rejected_ids": whole[1][shared:],
+        **{f"{side}_ids": ids[shared:] for side, ids in zip(sides, whole, strict=True)},
         PROMPT_CUT: len(prompt_ids) - shared,
         LEFT_OUT: "",
     }

@@ -8,6 +8,7 @@ from fastdpo.losses.catalogue import LOSSES, Loss
 from fastdpo.losses.options import LossOptions
 from fastdpo.losses.pairs import PairLogps, PreferenceOutput
 from fastdpo.losses.preference import preference_loss
+from fastdpo.losses.unpaired import UNPAIRED_LOSSES, UnpairedOptions, UnpairedOutput, kl_shift, unpaired_loss
 from fastdpo.losses.weights import ld_mask_weights, ld_token_weights, wpo_pair_weights
 
 __all__ = [
@@ -15,9 +16,14 @@ __all__ = [
     "Loss",
     "LossOptions",
     "PairLogps",
+    "UNPAIRED_LOSSES",
     "PreferenceOutput",
+    "UnpairedOptions",
+    "UnpairedOutput",
+    "kl_shift",
     "ld_mask_weights",
     "ld_token_weights",
     "preference_loss",
+    "unpaired_loss",
     "wpo_pair_weights",
 ]

@@ -87,24 +87,23 @@ class LossOptions:
         self._check_combinations()
 
     def _check_numbers(self) -> None:
-        if not (_is_number(self.beta) and self.beta > 0):
-            raise ValueError(f"beta must be a number > 0, got {self.beta!r}; 0.1 is the usual start.")
-        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing < 0.5):
+        check_beta(self.beta)
+        if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing < 0.5):
             raise ValueError(
                 f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}; it is the share of flipped labels."
             )
-        if not (_is_number(self.discopop_tau) and self.discopop_tau > 0):
+        if not (is_number(self.discopop_tau) and self.discopop_tau > 0):
             raise ValueError(f"discopop_tau must be a number > 0, got {self.discopop_tau!r}.")
-        if not _is_number(self.f_alpha_divergence_coef):
+        if not is_number(self.f_alpha_divergence_coef):
             raise ValueError(f"f_alpha_divergence_coef must be a number, got {self.f_alpha_divergence_coef!r}.")
         for name in ("simpo_gamma", "cpo_alpha", "rpo_alpha", "pref_ftx"):
             value = getattr(self, name)
-            if not (_is_number(value) and value >= 0) and not (value is None and name == "rpo_alpha"):
+            if not (is_number(value) and value >= 0) and not (value is None and name == "rpo_alpha"):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
         for name in ("use_weighting", "reference_free"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        if self.ld_alpha is not None and not (_is_number(self.ld_alpha) and 0 <= self.ld_alpha <= 1):
+        if self.ld_alpha is not None and not (is_number(self.ld_alpha) and 0 <= self.ld_alpha <= 1):
             raise ValueError(
                 f"ld_alpha must be in [0, 1], got {self.ld_alpha!r}; 1 is plain DPO, unset leaves LD-DPO out."
             )
@@ -119,7 +118,7 @@ class LossOptions:
         weights = self.loss_weights
         if weights is None:
             return
-        if not isinstance(weights, (list, tuple)) or not all(_is_number(w) and w >= 0 for w in weights):
+        if not isinstance(weights, (list, tuple)) or not all(is_number(w) and w >= 0 for w in weights):
             raise ValueError(f"loss_weights must be a list of numbers >= 0, one for each loss, got {weights!r}.")
         if len(weights) != len(self.names):
             raise ValueError(
@@ -182,6 +181,13 @@ def _say_exo_smoothing() -> None:
     logger.warning(f"exo_pair with label_smoothing 0: {EXO_SMOOTHING} is used, as its paper recommends.")
 
 
-def _is_number(value: object) -> bool:
+def check_beta(beta: object) -> None:
+    """Raise `ValueError` unless it is a number above 0."""
+    if not (isinstance(beta, (int, float)) and is_number(beta) and beta > 0):
+        raise ValueError(f"beta must be a number > 0, got {beta!r}; 0.1 is the usual start.")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no bool."""
     # compared, since the compiler does not trace math.isfinite
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf

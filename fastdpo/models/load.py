@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.data.tokenize_dataset import ID_COLUMNS
+from fastdpo.data.rows.sides import id_columns, is_tokenized
 from fastdpo.models.adapters import check_adapter_name, choose_adapters, resize_to_adapter
 from fastdpo.models.forward import unwrap_peft
 from fastdpo.models.load_errors import check_causal_lm, check_loaded, check_text_causal_lm, why_no_weights
@@ -253,9 +253,9 @@ def check_token_ids(dataset: Any, embedded: int, name: str) -> None:
 
     Rows that are not tokenized yet, and streams, are left alone.
     """
-    if not isinstance(dataset, Dataset) or not set(ID_COLUMNS) <= set(dataset.column_names):
+    if not isinstance(dataset, Dataset) or not is_tokenized(dataset.column_names):
         return
-    for column in ID_COLUMNS:
+    for column in id_columns(dataset.column_names):
         row = 0
         for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
             for chunk in cast("pa.Table", table).column(column).chunks:

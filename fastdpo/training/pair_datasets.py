@@ -1,8 +1,8 @@
-"""Datasets of pairs as the trainer takes them -> tokenized, counted, with the columns that samplers read."""
+"""Datasets as the trainer takes them -> tokenized, counted, with the columns that samplers read."""
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,12 +12,15 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
-from fastdpo.data.findings import repeated_pairs, special_token_findings, template_findings
+from fastdpo.data.collate import REFERENCE_COLUMNS, UNPAIRED_REFERENCE_COLUMNS, DataCollatorForPreference
+from fastdpo.data.findings import balance_findings, repeated_pairs, special_token_findings, template_findings
 from fastdpo.data.formats import normalize_dataset
 from fastdpo.data.limits import measure
-from fastdpo.data.tokenize_dataset import ID_COLUMNS, TokenizeReport, tokenize_dataset
+from fastdpo.data.rows.sides import LABEL, MISMATCHED, UNPAIRED, id_columns, is_tokenized, sides_of
+from fastdpo.data.tokenize_dataset import TokenizeReport, tokenize_dataset
+from fastdpo.losses.unpaired import UNPAIRED_LOSSES
 from fastdpo.models.load import check_token_ids
+from fastdpo.training.unpaired_rows import as_unpaired, with_mismatched
 from fastdpo.wording import count
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,14 @@ def prepare(
     with dataset_bars(shown=not args.disable_tqdm):
         dataset = normalize_dataset(dataset, skip_bad_rows=args.skip_bad_rows, where=f"{name}_dataset")
         first = next(iter(dataset), {})
+        if args.unpaired:
+            dataset = as_unpaired(dataset, name)
+        elif sides_of(first) == UNPAIRED:
+            raise ValueError(
+                f"{name} dataset: the rows are single answers with a label, and the loss {', '.join(args.loss_type)} "
+                f"compares pairs; take loss_type {', '.join(UNPAIRED_LOSSES)}, or rows with chosen and rejected."
+            )
+        columns = dataset.column_names or list(first)
         dataset, report = tokenize_dataset(
             dataset,
             tokenizer,
@@ -91,7 +102,7 @@ def prepare(
             num_proc=args.dataset_num_proc,
             name=name,
             # log-probs that came with the data are used where they are asked for
-            keep=REFERENCE_COLUMNS if args.precompute_ref_log_probs else (),
+            keep=_kept(columns, args),
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
             tools=cast("str | None", args.tools),
@@ -99,7 +110,12 @@ def prepare(
             scored_turns=args.scored_turns,
             skip_bad_rows=args.skip_bad_rows,
         )
+        if args.estimates_kl:
+            dataset = with_mismatched(dataset, args.per_device_train_batch_size)
     _warn_of_findings(first, dataset, tokenizer, name)
+    if args.unpaired and name == "train" and isinstance(dataset, Dataset):
+        for sentence in balance_findings(dataset[LABEL], args):
+            logger.warning(f"{name}: {sentence}")
     lost = (
         report.dropped_overlong,
         report.dropped_long_prompt,
@@ -110,6 +126,8 @@ def prepare(
         report.shortened_prompts,
         report.shortened_chosen,
         report.shortened_rejected,
+        report.truncated_completions,
+        report.shortened_completions,
     )
     logger.log(logging.WARNING if any(lost) else logging.INFO, str(report))
     strategy = getattr(args, "train_sampling_strategy", "random")
@@ -117,9 +135,16 @@ def prepare(
     if by_length and isinstance(dataset, Dataset) and args.length_column_name not in dataset.column_names:
         # Trainer would look for input_ids; a pair is padded to its longer side
         sizes = measure(dataset)
-        lengths = np.minimum(sizes.prompt + np.maximum(*sizes.completions), args.max_length or sys.maxsize)
+        lengths = np.minimum(sizes.prompt + sizes.longer, args.max_length or sys.maxsize)
         dataset = dataset.add_column(args.length_column_name, cast(Any, lengths.tolist()))
     return dataset, report
+
+
+def _kept(columns: Sequence[str], args: DPOConfig) -> list[str]:
+    """Of a tokenized dataset what is used beside its tokens: log-probs that came with the data, where they are asked
+    for, and mismatched completions."""
+    precomputed = (*REFERENCE_COLUMNS, *UNPAIRED_REFERENCE_COLUMNS) if args.precompute_ref_log_probs else ()
+    return [name for name in columns if name in precomputed or (args.unpaired and name.startswith(MISMATCHED))]
 
 
 def _warn_of_findings(row: dict[str, Any], pairs: PairDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -128,9 +153,9 @@ def _warn_of_findings(row: dict[str, Any], pairs: PairDataset, tokenizer: PreTra
         one = next(iter(pairs), None)
         if one is None:
             return
-        pairs = Dataset.from_list([{column: one[column] for column in ID_COLUMNS}])
+        pairs = Dataset.from_list([{column: one[column] for column in id_columns(one)}])
     findings = special_token_findings(pairs, tokenizer)
-    given_ids = set(ID_COLUMNS) <= row.keys()
+    given_ids = is_tokenized(row)
     if not given_ids and name == "train":
         findings += template_findings(row, tokenizer)
     identical, duplicated = repeated_pairs(pairs)

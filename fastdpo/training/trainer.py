@@ -1,4 +1,4 @@
-"""`DPOTrainer`: transformers' `Trainer` with DPO's loss, reference, metrics and crash-safe checkpoints."""
+"""`DPOTrainer`: transformers' `Trainer` with preference losses, a reference, metrics and crash-safe checkpoints."""
 
 import logging
 from contextlib import nullcontext
@@ -16,13 +16,12 @@ from transformers.trainer_utils import SaveStrategy
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.config.old_arguments import settled_arguments
 from fastdpo.config.trackers import outlive_full_disk
-from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.data.collate import REFERENCE_COLUMNS, UNPAIRED_REFERENCE_COLUMNS
+from fastdpo.data.rows.sides import LABEL, MISMATCHED, SIDES, UNPAIRED
 from fastdpo.data.tokenize_dataset import TokenizeReport
-from fastdpo.data.tokenize_row import ID_COLUMNS, MASK_COLUMNS
 from fastdpo.files import check_output_dir
-from fastdpo.losses.from_tokens import pair_logps
-from fastdpo.losses.preference import pair_losses
-from fastdpo.models.forward import STATISTICS, LogprobForward, model_call
+from fastdpo.losses.unpaired import UnpairedOptions
+from fastdpo.models.forward import LogprobForward, model_call
 from fastdpo.models.load import check_arguments, check_vocabulary, load_tokenizer, policy_to_train, router_loss_weight
 from fastdpo.training import pair_datasets
 from fastdpo.training.batches.layout import choose_layout
@@ -30,10 +29,11 @@ from fastdpo.training.batches.plan import TokenBatches, plan_batches, planned_lo
 from fastdpo.training.checkpoints.run_facts import RunFacts
 from fastdpo.training.checkpoints.run_lock import output_dir_locked
 from fastdpo.training.checkpoints.trainer import CrashSafeTrainer
+from fastdpo.training.objectives import AnswerObjective, PairObjective
 from fastdpo.training.pair_datasets import PairDataset
 from fastdpo.training.reference.base import FrozenModel, NoReference
 from fastdpo.training.reference.choose import make_reference
-from fastdpo.training.reference.precomputed import free_memory, precompute_for, stored_logps
+from fastdpo.training.reference.precomputed import free_memory, precompute_for
 from fastdpo.training.reference.saved import ReferenceFile
 from fastdpo.training.report import metrics
 from fastdpo.training.report.advice import Advisor
@@ -64,11 +64,13 @@ class DPOTrainer(CrashSafeTrainer):
             frozen copy of the starting policy, with a fresh one the base model.
         args: a `DPOConfig`; left out, its defaults.
         data_collator: left out, `DataCollatorForPreference`.
-        train_dataset, eval_dataset: preference pairs in any format that `normalize_dataset` takes, or
-            tokenized; `eval_dataset` may be a dict of them. An `IterableDataset` needs `args.max_steps`.
+        train_dataset, eval_dataset: preference pairs, or unpaired answers with a label for the losses of those (pairs
+            are taken apart for them), in any format that `normalize_dataset` takes, or tokenized; `eval_dataset` may be
+            a dict of them. An `IterableDataset` needs `args.max_steps`.
         processing_class: the tokenizer (`tokenizer=` is accepted too); left out, the model's own.
-        compute_metrics: called after an evaluation with `predictions`, a dict of arrays (N,) over the pairs (see
-            `metrics.PREDICTIONS`), and `label_ids`, zeros (N,): the chosen answer is the right one.
+        compute_metrics: called after an evaluation with `predictions`, a dict of arrays (N,) over the rows (see
+            `metrics.predictions`), and `label_ids` (N,): zeros for pairs, whose chosen answer is the right one; 1 for
+            a desirable unpaired answer.
         peft_config: train a fresh adapter of this kind.
         old_arguments: what TRL's trainer took up to 0.15 (beta, max_length, ...), one log line for all.
 
@@ -143,8 +145,9 @@ class DPOTrainer(CrashSafeTrainer):
         self.model_accepts_loss_kwargs = False
         # every call of ours says use_cache=False, so the config need not change
         self._use_cache = policy.config.use_cache = use_cache
-        self._loss_options = args.loss_options()
-        self._statistics = STATISTICS + (("log_sum_sq_probs",) if args.use_weighting else ())
+        options = args.loss_options()
+        unpaired = isinstance(options, UnpairedOptions)
+        self._objective = AnswerObjective(options, self.accelerator) if unpaired else PairObjective(options)
         self._logprob_forward = LogprobForward(policy)
         self._reference = make_reference(
             policy,
@@ -178,12 +181,13 @@ class DPOTrainer(CrashSafeTrainer):
         self.reference_description, self.reference_origin = self._reference.description, dict(self._reference.origin)
         if args.should_log:
             logger.warning(f"reference: {self.reference_description}.")
-        self._metrics = metrics.MetricWindow(self.accelerator)
+        self._metrics = metrics.MetricWindow(self.accelerator, self._objective.columns)
         self._batches = TokenBatches(
             self.accelerator, lambda: plan_batches(self.args, self.train_dataset, self.data_collator)
         )
         self._facts = RunFacts(policy, self.reference_origin)
         self.parts = [self._batches, self._facts, self._metrics]
+        self.parts += [self._objective] if isinstance(self._objective, AnswerObjective) else []
         self.file_parts = [ReferenceFile(self._reference)]
         self._stopwatch = Stopwatch()
         self.advisor = Advisor(args)
@@ -228,7 +232,10 @@ class DPOTrainer(CrashSafeTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # what Trainer would ask the model's signature for: the sampler reads the lengths, the collator the ids
-        self._signature_columns = [*ID_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, self.args.length_column_name]
+        parts = ("prompt", *SIDES, *UNPAIRED, *(MISMATCHED + side for side in UNPAIRED))
+        tokens = [f"{part}_{what}" for part in parts for what in ("ids", "mask")]
+        reference = (*REFERENCE_COLUMNS, *UNPAIRED_REFERENCE_COLUMNS)
+        self._signature_columns = [*tokens, LABEL, *reference, self.args.length_column_name]
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer.get_train_dataloader`; with `max_tokens_per_batch` the planned batches of this process."""
@@ -252,30 +259,34 @@ class DPOTrainer(CrashSafeTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean loss of the batch's pairs; with `return_outputs` also its (B, K) metric table."""
+        """The mean loss of the batch's rows; with `return_outputs` also its (B, K) metric table."""
         training = cast(Model, self.model).training
         self._memory.at("training" if training else "evaluation", inputs, self.data_collator)
         call = model_call(inputs)
         router = {"output_router_logits": True} if self._router_loss_weight else {}
+        policy_model = cast(Model, self.model)
         with self._logprob_forward.installed():
             # the reference goes first: the policy's activations are not in memory yet
-            reference = stored_logps(inputs) or self._reference(cast(Model, self.model), call)
-            policy = model(**call, **router, logprob_stats=self._statistics)
-        offsets = inputs["offsets"].to(policy["logprob"].device)
-        logps = pair_logps(policy, reference, offsets, self._loss_options)
-        output = pair_losses(logps, self._loss_options)
-        loss = output.losses.mean()
-        weight, aux_loss = self._router_loss_weight, policy.get("aux_loss")
+            reference = self._objective.stored(inputs) or self._reference(policy_model, call)
+            shift = self._objective.shift(
+                inputs,
+                policy=lambda others: model(**others)["logprob"],
+                reference=lambda others: cast(Tensor, self._reference(policy_model, others)),
+            )
+            policy = model(**call, **router, logprob_stats=self._objective.statistics)
+        losses, columns = cast(Any, self._objective)(inputs, policy, reference, shift, training)
+        loss, aux_loss = losses.mean(), policy.get("aux_loss")
         if aux_loss is not None:
-            loss = loss + weight * aux_loss.to(loss.device)
-        lengths = inputs["lengths"] if "lengths" in inputs else inputs["attention_mask"].sum(1)
-        table = metrics.batch_table(output, logps, policy, offsets, lengths, aux_loss, weight)
+            added = self._router_loss_weight * aux_loss.to(loss.device)
+            loss = loss + added
+            columns |= {"loss": losses + added, "aux_loss": aux_loss.to(losses)}
+        table = self._objective.columns.table(columns)
         if training:
             self._metrics.training.add(table)
             if self._batches.planned:
                 loss = loss * self._batches.weight(len(table), self.current_gradient_accumulation_steps)
         else:
-            # drops the pairs that accelerate repeats to fill the last batch
+            # drops the rows that accelerate repeats to fill the last batch
             self._metrics.evaluation.add(cast(Tensor, self.accelerator.gather_for_metrics(table)))
         return (loss, table) if return_outputs else loss
 
@@ -355,7 +366,8 @@ class DPOTrainer(CrashSafeTrainer):
             loss, table = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, cast(Any, metrics.predictions(table)), torch.zeros_like(table[:, 0], dtype=torch.long)
+        columns = self._objective.columns
+        return loss, cast(Any, metrics.predictions(columns, table)), metrics.labels(columns, table)
 
     # the model and its card
 

@@ -33,12 +33,12 @@ def test_defaults_are_trl_s(tmp_path: Any) -> None:
     added = {"skip_bad_rows", "aggregate", "reference_free", "simpo_gamma", "cpo_alpha", "rpo_alpha", "pref_ftx"}
     added |= {"model_adapter_name", "ref_adapter_name", "precompute_ref_dir", "ref_model_init_kwargs"}
     added |= {"on_overlong", "scored_turns", "batch_layout", "max_tokens_per_batch", "metric_files"}
-    added |= {"on_nan", "resume_with_other_data"}
+    added |= {"on_nan", "resume_with_other_data", "desirable_weight", "undesirable_weight"}
     # TRL's up to 0.28
     added |= {"max_prompt_length", "max_completion_length", "tools", "generate_during_eval"}
     assert theirs.keys() <= ours.keys()
     # chosen otherwise: see the fields' help
-    changed = {"output_dir", "logging_nan_inf_filter", "report_to"}
+    changed = {"output_dir", "logging_nan_inf_filter", "report_to", "train_sampling_strategy"}
     assert OWN - added <= theirs.keys()
     for name in OWN - added - changed:
         for default in ("default", "default_factory"):

@@ -312,7 +312,7 @@ def test_arguments_of_the_old_trainer(tmp_path: Path, caplog: Any) -> None:
         preprocess_logits_for_metrics=None,
     )
     assert (trainer.args.beta, trainer.args.max_length, trainer.args.loss_type) == (0.05, 12, ["ipo"])
-    assert trainer._loss_options.beta == 0.05
+    assert trainer._objective.options.beta == 0.05
     assert trainer.train_dataset[0] == pairs((6, 3, 2))[0] | {"prompt_ids": [3, 4, 5, 6]}
     (line,) = [line for line in caplog.messages if "in DPOConfig; using the value" in line]
     assert line.startswith(

@@ -62,6 +62,4 @@ def text_rows() -> "Callable[..., Dataset]":
 @pytest.fixture
 def id_rows() -> Callable[..., list[dict[str, Any]]]:
     """id_rows((prompt, chosen, rejected), ...) as rows of token ids."""
-    from fastdpo.data.tokenize_row import ID_COLUMNS
-
-    return lambda *rows: [dict(zip(ID_COLUMNS, row, strict=True)) for row in rows]
+    return lambda *rows: [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]

@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.findings import repeated_pairs, special_token_findings
-from fastdpo.data.tokenize_dataset import ID_COLUMNS
+from fastdpo.data.rows.sides import SIDES, id_columns
 from fastdpo.training.pair_datasets import prepare
+
+ID_COLUMNS = id_columns(SIDES)
 
 BOS, EOS, SPACE, NEWLINE, LETTER = 256, 257, 220, 198, 64
 Pair = tuple[list[int], list[int], list[int]]

@@ -11,9 +11,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import DataCollatorForPreference
 from fastdpo.data.formats import DataError, load_preferences, normalize_dataset
-from fastdpo.data.tokenize_dataset import ID_COLUMNS, MASK_COLUMNS, tokenize_dataset
+from fastdpo.data.rows.sides import SIDES, id_columns, mask_columns
+from fastdpo.data.tokenize_dataset import tokenize_dataset
 from fastdpo.training.reference.fingerprints import data_hash
 from fastdpo.training.trainer import DPOTrainer
+
+ID_COLUMNS = id_columns(SIDES)
+MASK_COLUMNS = mask_columns(SIDES)
 
 TURNS = (
     "{% if tools %}<tools>{{ tools | tojson }}</s>\n{% endif %}{% for message in messages %}<{{ message.role }}>"

@@ -56,7 +56,7 @@ def check(tokenizer: Any, template: str) -> None:
         ("{{ ([0] * 1000000000) | length }}", "memory"),
         (
             "{% set ns = namespace(a='x') %}{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}",
-            "memory",
+            "(memory|seconds)",  # the one that ends first: it writes all that it takes
         ),
         ("{{ range(99999) | list | map('string') | join('x' * 99999) | length }}", "memory"),
         ("{{ 'x' * 3000000 }}", "makes 3,000,000 characters"),

@@ -7,7 +7,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data.formats import DataError, normalize_dataset
-from fastdpo.data.tokenize_dataset import ID_COLUMNS, tokenize_dataset
+from fastdpo.data.rows.sides import SIDES, id_columns
+from fastdpo.data.tokenize_dataset import tokenize_dataset
+
+ID_COLUMNS = id_columns(SIDES)
 
 CHAT = {
     "prompt": [{"role": "user", "content": "2 + 2?"}],

@@ -10,8 +10,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fastdpo.data.formats import load_preferences, normalize_dataset
-from fastdpo.data.tokenize_dataset import ID_COLUMNS, tokenize_dataset
+from fastdpo.data.rows.sides import SIDES, id_columns
+from fastdpo.data.tokenize_dataset import tokenize_dataset
 from fastdpo.data.tokenize_row import common_prefix_length
+
+ID_COLUMNS = id_columns(SIDES)
 
 
 def open_think_block(tokenizer: Any) -> None:

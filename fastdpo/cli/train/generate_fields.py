@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdpo.cli.train.arguments import DataArguments, Field, ModelArguments
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.losses import LOSSES
+from fastdpo.losses import LOSSES, UNPAIRED_LOSSES
 
 # --help shows these, in this order; every other field is in --help-all only
 MAIN: dict[str, tuple[str, ...]] = {
@@ -131,7 +131,7 @@ def _field(item: dataclasses.Field, hint: Any, owner: str, docs: dict[str, str])
         default = default.value
     enum = next((kind for kind in (hint, *typing.get_args(hint)) if _is_enum(kind)), None)
     choices = tuple(member.value for member in enum) if enum else item.metadata.get("choices")
-    choices = tuple(LOSSES) if name == "loss_type" else choices
+    choices = (*LOSSES, *UNPAIRED_LOSSES) if name == "loss_type" else choices
     text = HELP.get(name) or item.metadata.get("help") or docs.get(name) or ""
     return Field(
         name=name,

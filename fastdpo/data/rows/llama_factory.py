@@ -41,6 +41,7 @@ _DEFAULT_COLUMNS = {
 # an entry that names columns leaves the others unused, as in LLaMA-Factory; these always have a name
 _REQUIRED_COLUMNS = {
     "prompt": "instruction",
+    "response": "output",
     "messages": "conversations",
     "chosen": "chosen",
     "rejected": "rejected",
@@ -58,6 +59,11 @@ class Columns:
     formatting: str = "alpaca"
     names: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether rows have one answer and a label."""
+        return "kto_tag" in self.names
 
     def column(self, part: str) -> str | None:
         return {**_REQUIRED_COLUMNS, **(self.names or _DEFAULT_COLUMNS)}.get(part)
@@ -135,24 +141,22 @@ def messages_from_row(row: Mapping[str, Any], columns: Columns) -> dict[str, Any
     Raises `RowError` with the reason.
     """
     if columns.formatting == "alpaca":
-        prompt = _alpaca_prompt(row, columns)
-        answers = [
-            [_alpaca_answer(columns.require(row, side), columns.column(side))] for side in ("chosen", "rejected")
-        ]
+        prompt = alpaca_prompt(row, columns)
+        answers = [[alpaca_answer(columns.require(row, side), columns.column(side))] for side in ("chosen", "rejected")]
     else:
-        prompt = _conversation(row, columns)
-        answers = [_turn_answers(columns.require(row, side), side, columns) for side in ("chosen", "rejected")]
+        prompt = conversation(row, columns)
+        answers = [turn_answers(columns.require(row, side), side, columns) for side in ("chosen", "rejected")]
     prompt, notes = with_system(prompt, columns.get(row, "system"), str(columns.column("system")))
     return {
         "prompt": prompt,
         "chosen": answers[0],
         "rejected": answers[1],
-        "tools": _wrap_tools(columns.get(row, "tools")),
+        "tools": wrap_tools(columns.get(row, "tools")),
         "notes": notes,
     }
 
 
-def _alpaca_prompt(row: Mapping[str, Any], columns: Columns) -> list[Message]:
+def alpaca_prompt(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     messages = earlier_turns(columns.get(row, "history"), str(columns.column("history")))
     parts = [columns.require(row, "prompt"), columns.get(row, "query")]
     for part, text in zip(("prompt", "query"), parts, strict=True):
@@ -164,7 +168,7 @@ def _alpaca_prompt(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     return [*messages, {"role": "user", "content": query}]
 
 
-def _alpaca_answer(value: Any, column: str | None) -> Message:
+def alpaca_answer(value: Any, column: str | None) -> Message:
     if not isinstance(value, str):
         raise RowError(f"`{column}` is {type(value).__name__}; wanted text beside an instruction")
     return _text_answer(value, str(column))
@@ -176,7 +180,7 @@ def _text_answer(value: str, column: str) -> Message:
     return {"role": "assistant", "content": value}
 
 
-def _conversation(row: Mapping[str, Any], columns: Columns) -> list[Message]:
+def conversation(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     column = columns.column("messages")
     turns = columns.require(row, "messages")
     if not isinstance(turns, list) or not turns:
@@ -193,7 +197,7 @@ def _conversation(row: Mapping[str, Any], columns: Columns) -> list[Message]:
     return messages
 
 
-def _turn_answers(value: Any, side: str, columns: Columns) -> list[Message]:
+def turn_answers(value: Any, side: str, columns: Columns) -> list[Message]:
     column = str(columns.column(side))
     if isinstance(value, str):
         return [_text_answer(value, column)]
@@ -228,7 +232,7 @@ def _message(turn: Any, place: str, columns: Columns) -> Message:
     return clean_message({"role": roles[role], "content": content, **rest}, place, content_tag)
 
 
-def _wrap_tools(value: Any) -> list[Any] | None:
+def wrap_tools(value: Any) -> list[Any] | None:
     """LLaMA-Factory also takes bare functions; templates expect each inside {"type": "function"}."""
     tools = parse_tools(value) or []
     return [
@@ -266,13 +270,23 @@ def read_entries(folder: Path) -> dict[str, Any]:
     return entries
 
 
+def is_preference(entry: Any) -> bool:
+    """Whether an entry says that its rows are pairs, or answers with a label."""
+    if not isinstance(entry, Mapping):
+        return False
+    columns = entry.get("columns")
+    return bool(entry.get("ranking") or (isinstance(columns, Mapping) and columns.get("kto_tag")))
+
+
 def parse_entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     """Check one entry and resolve its file; `DataError` says what cannot be used."""
     place = f"{folder / 'dataset_info.json'}: entry `{name}`"
     if not isinstance(entry, Mapping):
         raise DataError(f"{place} is {type(entry).__name__}; wanted an object.")
-    if not entry.get("ranking"):
-        raise DataError(f'{place} is not a preference dataset: it has no "ranking": true.')
+    if not is_preference(entry):
+        raise DataError(
+            f'{place} is not a preference dataset: it has no "ranking": true, and no kto_tag in its columns.'
+        )
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise DataError(f"{place}: formatting is {formatting!r}; wanted alpaca, sharegpt or openai.")

@@ -11,9 +11,9 @@ from fastdpo.data.rows.forms import known_form
 from fastdpo.data.rows.llama_factory import Columns, detect_columns, is_turn, message_of_turn, messages_from_row
 from fastdpo.data.rows.messages import Message, check_text, clean_message, is_message, parse_tools
 from fastdpo.data.rows.notes import Note
-from fastdpo.data.rows.unpaired import is_unpaired
+from fastdpo.data.rows.sides import LABEL, SIDES, UNPAIRED
+from fastdpo.data.rows.unpaired import described_columns, is_unpaired, unpaired_columns
 
-SIDES = ("chosen", "rejected")
 # columns that hold what the model is asked; a row of texts that has one and no `prompt` would lose it
 _PROMPT_LIKE = ("question", "query", "input", "context", "messages", "history")
 
@@ -37,7 +37,22 @@ class Preference:
         return not isinstance(self.prompt, str)
 
 
-def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
+@dataclass(frozen=True)
+class Unpaired:
+    """One answer, and whether it is desirable; the rest as `Preference` has it."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    label: bool
+    tools: list[Any] | None = None
+    notes: tuple[Note, ...] = field(default=(), compare=False)
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+def preference_from_row(row: Any, columns: Columns | None = None) -> Preference | Unpaired:
     """One row in any accepted format; raises `RowError` with the reason.
 
     - TRL standard and conversational, with `prompt`, or without it (the prompt is what chosen and rejected
@@ -48,6 +63,7 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
       by their columns or described by `columns`. They become messages, since LLaMA-Factory applies a template
       to them.
     - minimind's dpo.jsonl (chosen and rejected lists of messages).
+    - Unpaired rows: TRL's `prompt`, `completion` and `label`, and the forms in `unpaired.py`.
     - The forms of other tools in `forms.py`. Sharegpt turns (`from`, `value`) may stand wherever messages may.
 
     Messages keep every key that they came with.
@@ -59,45 +75,49 @@ def preference_from_row(row: Any, columns: Columns | None = None) -> Preference:
     described = columns is not None
     if columns is None:
         row, notes = known_form(row)
-        if is_unpaired(row):
-            raise RowError(
-                "is unpaired (one answer and a label), which is not trained yet: bring pairs with `chosen` and "
-                "`rejected`"
-            )
         refuse_media(row)
+    unpaired = is_unpaired(row) if columns is None else columns.unpaired
+    if unpaired:
+        row, columns = unpaired_columns(row) if columns is None else described_columns(row, columns), None
+    elif columns is None:
         columns = detect_columns(row)
-    parts = _trl_parts(row) if columns is None else messages_from_row(row, columns)
-    prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
-    for side, value in (("chosen", chosen), ("rejected", rejected)):
-        _refuse_empty(value, side)
+    sides = UNPAIRED if unpaired else SIDES
+    parts = _trl_parts(row, sides) if columns is None else messages_from_row(row, columns)
+    prompt = parts["prompt"]
+    for side in sides:
+        _refuse_empty(parts[side], side)
         if not isinstance(prompt, str):
-            _check_completion(value, side)
+            _check_completion(parts[side], side)
     # a dataset_info.json entry that names columns leaves the others unused on purpose
     unread = () if described else unread_columns(row, prompt, columns.read if columns else ())
-    return Preference(prompt, chosen, rejected, parts["tools"], (*notes, *parts["notes"], *unread))
+    notes = (*notes, *parts["notes"], *unread)
+    if unpaired:
+        return Unpaired(prompt, parts["completion"], row[LABEL], parts["tools"], notes)
+    return Preference(prompt, parts["chosen"], parts["rejected"], parts["tools"], notes)
 
 
-def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
+def _trl_parts(row: Mapping[str, Any], sides: tuple[str, ...]) -> dict[str, Any]:
     notes: tuple[Note, ...] = ()
-    chosen, rejected = (_side(row, side) for side in SIDES)
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    answers = [_side(row, side) for side in sides]
+    if len({isinstance(answer, str) for answer in answers}) > 1:
         raise RowError("one of `chosen` and `rejected` is text and the other a list of messages; wanted one kind")
+    texts = isinstance(answers[0], str)
     prompt = _side(row, "prompt") if "prompt" in row else None
     if prompt == []:
         raise RowError("`prompt` is empty")
 
     if prompt is None:
-        prompt, chosen, rejected = _split_prompt(row, chosen, rejected)
-    elif isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, *answers = _split_prompt(row, *answers) if sides == SIDES else _last_turn(row, answers[0])
+    elif texts:
         if not isinstance(prompt, str):
-            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-        elif _repeats(prompt, chosen, rejected):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            answers = [[{"role": "assistant", "content": text}] for text in answers]
+        elif sides == SIDES and _repeats(prompt, answers):
+            answers = [text[len(prompt) :] for text in answers]
             notes = (Note("the text `prompt`, which chosen and rejected both repeat, is taken once"),)
     elif isinstance(prompt, str):
-        prompt, chosen, rejected = _join_text_prompt(prompt, chosen, rejected)
-    elif chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        prompt, *answers = _join_text_prompt(prompt, answers)
+    elif all(messages[: len(prompt)] == prompt for messages in answers):
+        answers = [messages[len(prompt) :] for messages in answers]
 
     system = row.get("system")
     if isinstance(prompt, str):
@@ -106,7 +126,7 @@ def _trl_parts(row: Mapping[str, Any]) -> dict[str, Any]:
     elif system is not None:
         prompt, notes = with_system(prompt, system, "system")
     tools = parse_tools(row.get("tools"))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools, "notes": notes}
+    return {"prompt": prompt, **dict(zip(sides, answers, strict=True)), "tools": tools, "notes": notes}
 
 
 def _side(row: Mapping[str, Any], side: str) -> str | list[Message]:
@@ -125,11 +145,22 @@ def _message(item: Any, place: str) -> Message:
     return message_of_turn(item, place) if is_turn(item) else clean_message(item, place)
 
 
-def _repeats(prompt: str, chosen: str, rejected: str) -> bool:
-    """Whether both answers begin with the whole prompt. One word alone may begin two answers by chance."""
+def _repeats(prompt: str, answers: list[Any]) -> bool:
+    """Whether both answers begin with the whole prompt. One word alone may begin two answers by chance, and one answer
+    may begin with the question."""
     if not prompt.strip() or prompt.strip().isalnum():
         return False
-    return all(text.startswith(prompt) and text[len(prompt) :].strip() for text in (chosen, rejected))
+    return all(text.startswith(prompt) and text[len(prompt) :].strip() for text in answers)
+
+
+def _last_turn(row: Mapping[str, Any], completion: Any) -> tuple[Any, Any]:
+    """The prompt of a whole dialogue whose last turn is the answer."""
+    if isinstance(completion, str):
+        lost = next((name for name in _PROMPT_LIKE if row.get(name)), None)
+        raise RowError(f"no `prompt`, but `{lost}` looks like one: rename it to `prompt`" if lost else "no `prompt`")
+    if len(completion) < 2:
+        raise RowError("no `prompt`, and `completion` has one turn alone")
+    return completion[:-1], completion[-1:]
 
 
 def _split_prompt(row: Mapping[str, Any], chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -151,13 +182,15 @@ def _split_prompt(row: Mapping[str, Any], chosen: Any, rejected: Any) -> tuple[A
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _join_text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    if not (chosen and rejected and chosen[0] == rejected[0] and chosen[0]["role"] != "assistant"):
-        return [{"role": "user", "content": prompt}], chosen, rejected
-    messages, chosen, rejected = _split_prompt({}, chosen, rejected)
+def _join_text_prompt(prompt: str, answers: list[Any]) -> tuple[Any, ...]:
+    first = answers[0][0] if answers[0] else None
+    whole = first is not None and first["role"] != "assistant"
+    if not (whole and all(messages and messages[0] == first for messages in answers)):
+        return [{"role": "user", "content": prompt}], *answers
+    messages, *answers = _split_prompt({}, *answers) if len(answers) > 1 else _last_turn({}, answers[0])
     if not any(prompt.strip() in message["content"] for message in messages):
-        raise RowError("the text `prompt` is not in the messages that `chosen` and `rejected` begin with")
-    return messages, chosen, rejected
+        raise RowError("the text `prompt` is not in the messages that the answers begin with")
+    return messages, *answers
 
 
 def _refuse_empty(value: str | list[Message], name: str) -> None:

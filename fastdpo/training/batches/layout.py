@@ -153,6 +153,8 @@ def _limit(models: Sequence[LayoutProbe], data: ProbeRows, needs_padding: str) -
     if needs_padding:
         return Limit("padded", needs_padding)
     limits = [config_limit(one.model, data.longest) for one in models]
+    if data.unpaired:
+        limits.append(Limit("packed", "single answers share no prompt"))
     return min(limits, key=lambda limit: BATCH_LAYOUTS.index(limit.widest))
 
 
@@ -261,7 +263,7 @@ def choose_layout(
         if not isinstance(collator, DataCollatorForPreference) or collator.layout == "padded":
             return BatchLayout(collator, description)
     max_length = collator.max_length
-    rows = ProbeRows.of(datasets, max_length)
+    rows = ProbeRows.of(datasets, max_length)._replace(unpaired=args.unpaired)
     no_probe = "" if rows.rows else "there is no whole dataset to look at"
     if sharded or any(p.is_meta or p.numel() == 0 for p in models[0][0].parameters()):
         no_probe = "the weights are split over processes"

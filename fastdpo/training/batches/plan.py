@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.collate import DataCollatorForPreference
-from fastdpo.data.tokenize_row import ID_COLUMNS, common_prefix_length
+from fastdpo.data.rows.sides import LABEL, id_columns
+from fastdpo.data.tokenize_row import common_prefix_length
 from fastdpo.training.checkpoints.folders import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -144,19 +145,19 @@ def by_length(lengths: Sequence[int], seed: int, pairs: int) -> Order:
 
 
 def tokens_of_pairs(dataset: Dataset, collator: DataCollatorForPreference) -> list[int]:
-    """The slots that each pair takes in the collator's layout, after its cut; padding of rows aside."""
-    tokens = []
-    for row in cast("Any", dataset.select_columns(list(ID_COLUMNS))):
-        prompt, chosen, rejected = (row[name] for name in ID_COLUMNS)
-        both = [len(prompt) + len(chosen), len(prompt) + len(rejected)]
+    """The slots that each row's own sequences take in the collator's layout, after its cut; padding of rows aside."""
+    tokens, columns = [], id_columns(dataset.column_names)
+    for row in cast("Any", dataset.select_columns(columns)):
+        prompt, *completions = (row[name] for name in columns)
+        both = [len(prompt) + len(completion) for completion in completions]
         limit = collator.max_length or max(both)
         kept = [min(length, limit) for length in both]
         if collator.layout == "padded":
-            tokens.append(2 * max(kept))
+            tokens.append(len(kept) * max(kept))
             continue
         shared = 0
         if collator.layout == "shared":
-            shared = len(prompt) + common_prefix_length(chosen, rejected)
+            shared = len(prompt) + common_prefix_length(*completions)
             if collator.truncation_mode == "keep_end":
                 # what is cut off in front must be as long for both
                 cuts = [length - keep for length, keep in zip(both, kept, strict=True)]
@@ -249,7 +250,7 @@ class TokenBatches:
         """This process's batches of the next update."""
         if not self.planned:
             return
-        self._pairs = sum(len(batch["lengths"]) // 2 for batch in batches)
+        self._pairs = sum(len(batch["lengths"]) // (1 if LABEL in batch else 2) for batch in batches)
         if self.accelerator.num_processes > 1:
             mine = torch.tensor([self._pairs], device=self.accelerator.device)
             self._pairs = cast(Tensor, self.accelerator.gather(mine)).sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.data.collate import DataCollatorForPreference
-from fastdpo.data.tokenize_row import ID_COLUMNS
+from fastdpo.data.rows.sides import id_columns
 from fastdpo.models.adapters import evaluating
 from fastdpo.models.forward import LogprobForward, unwrap_peft
 from fastdpo.ops.switches import widest_float
@@ -87,10 +87,12 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 class ProbeRows(NamedTuple):
-    """What a layout is judged on: `rows` to compare on, and the longest sequence of the run, None where unknown."""
+    """What a layout is judged on: `rows` to compare on, the longest sequence of the run (None where unknown), and
+    whether rows have one answer each."""
 
     rows: list[dict[str, Any]]
     longest: int | None
+    unpaired: bool = False
 
     @classmethod
     def of(cls, datasets: Sequence[Any], max_length: int | None) -> "ProbeRows":
@@ -103,17 +105,18 @@ class ProbeRows(NamedTuple):
 
 def longest_sequence(dataset: Dataset, max_length: int | None) -> int:
     """Tokens of the longest sequence after the cut."""
-    longest = max(p + max(c, r) for p, c, r in zip(*_lengths(dataset), strict=True))
+    longest = max(prompt + max(completions) for prompt, *completions in zip(*_lengths(dataset), strict=True))
     return longest if max_length is None else min(longest, max_length)
 
 
 def _telling_rows(dataset: Dataset, max_length: int | None) -> list[dict[str, Any]]:
-    """The rows with the longest prompt, the longest sequence, and most tokens of prompt and both answers."""
+    """The rows with the longest prompt, the longest sequence, and most tokens of prompt and all answers."""
     limit = max_length or math.inf
     lengths = [
-        (min(p, limit), min(p + c, limit), min(p + r, limit)) for p, c, r in zip(*_lengths(dataset), strict=True)
+        [min(prompt, limit), *(min(prompt + completion, limit) for completion in completions)]
+        for prompt, *completions in zip(*_lengths(dataset), strict=True)
     ]
-    together = [chosen + rejected - prompt for prompt, chosen, rejected in lengths]
+    together = [sum(sequences) - prompt for prompt, *sequences in lengths]
     keys = (lambda row: lengths[row][0], lambda row: max(lengths[row][1:]), lambda row: together[row])
     # among equals, as many are where rows are cut, the one with most answer tokens to compare
     numbers = {max(range(len(lengths)), key=lambda row: (key(row), together[row] - lengths[row][0])) for key in keys}
@@ -122,4 +125,6 @@ def _telling_rows(dataset: Dataset, max_length: int | None) -> list[dict[str, An
 
 def _lengths(dataset: Dataset) -> list[list[int]]:
     table = dataset.with_format("arrow")
-    return [pc.call_function("list_value_length", [table[name][:]]).to_pylist() for name in ID_COLUMNS]
+    return [
+        pc.call_function("list_value_length", [table[name][:]]).to_pylist() for name in id_columns(table.column_names)
+    ]

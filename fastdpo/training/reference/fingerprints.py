@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from fastdpo.data.tokenize_dataset import pair_columns
+from fastdpo.data.rows.sides import LABEL, MISMATCHED, token_columns
 from fastdpo.training.reference.base import Reference
 
 # of a configuration, what changes no number
@@ -23,13 +23,20 @@ _IRRELEVANT = {
 }
 
 
-def data_hash(dataset: Dataset) -> str:
-    """SHA-256 of the token ids (and masks) of every row: all that a model sees of data, tokenizer and chat template."""
-    columns = pair_columns(dataset.column_names)
+def data_hash(dataset: Dataset, mismatched: bool = False) -> str:
+    """SHA-256 of the token ids (and masks, and labels) of every row: all that a model sees of data, tokenizer and chat
+    template. mismatched: with the completions of other rows, which go by the batch size."""
+    columns = token_columns(dataset.column_names)
+    if mismatched:
+        columns += [name for name in dataset.column_names if name.startswith(MISMATCHED)]
     hashes = [hashlib.sha256() for _ in range(2 * len(columns))]
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
         for index, column in enumerate(columns):
             for chunk in cast(Any, table).column(column).chunks:
+                if column == LABEL:
+                    labels = chunk.to_numpy(zero_copy_only=False)
+                    hashes[2 * index].update(np.ascontiguousarray(labels, np.int64).tobytes())
+                    continue
                 lengths = pc.call_function("list_value_length", [chunk]).to_numpy(zero_copy_only=False)
                 ids = chunk.flatten().to_numpy(zero_copy_only=False)
                 hashes[2 * index].update(np.ascontiguousarray(lengths, np.int64).tobytes())

@@ -1,8 +1,8 @@
 """Reference log-probs on disk: computed once, in parts, and read by every run with the same settings.
 
 A dataset has a folder of its own. manifest.json says what its numbers were computed from; shard-00000.safetensors and
-so on hold `SHARD_ROWS` rows each: the sum of each completion's log-probs, the part of it beyond the shorter
-completion's length (so that LD-DPO of any `ld_alpha` reads the same files) and the scored tokens. A shard appears
+so on hold `SHARD_ROWS` rows each: the sum of each completion's log-probs, of pairs the part of it beyond the shorter
+completion's length (so that LD-DPO of any `ld_alpha` reads the same files), and the scored tokens. A shard appears
 whole or not at all, so a run that was killed goes on with the first one that is missing; a folder whose manifest says
 other settings is refused, never used and never overwritten. Every shard names the settings too, by their hash, so that
 two runs that begin in one empty folder cannot mix theirs, and the hash of its numbers, so that a flipped bit is found.
@@ -25,11 +25,9 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdpo.data.collate import REFERENCE_COLUMNS
-from fastdpo.data.tokenize_dataset import pair_columns
+from fastdpo.data.rows.sides import MISMATCHED, token_columns
 from fastdpo.files import write_atomic
 from fastdpo.json_text import read_json
-from fastdpo.losses.from_tokens import SequenceLogps
 from fastdpo.training.checkpoints.content_hashes import tensors_hash
 from fastdpo.training.reference.fingerprints import data_hash
 
@@ -41,7 +39,6 @@ SHARD_ROWS = 256
 # in a shard's metadata
 KEY = "settings"
 HASH = "content"
-LENGTHS = ("chosen_tokens", "rejected_tokens")
 
 
 class StaleLogpsError(ValueError):
@@ -52,11 +49,14 @@ class StaleLogpsError(ValueError):
 class Pass:
     """What a pass of the reference over a dataset needs.
 
-    logps: a list of rows -> the (2B,) sums, tails and lengths of the pairs, on any device.
+    logps: a list of rows -> (B,) of each of `columns` and `lengths`, on any device.
+    columns: those of the reference's log-probs, lengths: of the completions' scored tokens.
     settings: what the numbers depend on beside the dataset; `notes` only explain a difference.
     """
 
-    logps: Callable[[list[dict[str, Any]]], tuple[SequenceLogps, Tensor]]
+    logps: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    columns: tuple[str, ...]
+    lengths: tuple[str, ...]
     settings: dict[str, Any]
     notes: dict[str, Any]
     batch_size: int
@@ -67,7 +67,7 @@ class Pass:
 
 
 def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
-    """`dataset` with `REFERENCE_COLUMNS`: read from `folder` as far as they are there, computed where not.
+    """`dataset` with the columns of `work`: read from `folder` as far as they are there, computed where not.
 
     Raises:
         StaleLogpsError: `folder` holds those of other settings or data.
@@ -79,7 +79,7 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
         "format": FORMAT,
         "rows": len(dataset),
         "shard_rows": SHARD_ROWS,
-        "data": data_hash(dataset),
+        "data": data_hash(dataset, mismatched=True),
         **work.settings,
         "notes": work.notes,
     }
@@ -90,13 +90,15 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
         _write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     work.wait()
     check_manifest(folder, manifest)  # another run may have begun here meanwhile
-    missing = [shard for shard in shards if _read_shard(folder, shard, len(dataset), key) is None]
+    missing = [shard for shard in shards if _read_shard(folder, shard, len(dataset), key, work) is None]
     work.wait()  # every process has the same list of missing parts before one of them appears
     mine = missing[work.process_index :: work.num_processes]
+    names = dataset.column_names
+    seen = [*token_columns(names), *(name for name in names if name.startswith(MISMATCHED))]
     began = time.monotonic()
     with tqdm(total=len(mine), desc=f"reference log-probs of {name}", disable=work.quiet or not mine) as bar:
         for shard in mine:
-            rows = dataset.select(_rows_of(shard, len(dataset))).select_columns(pair_columns(dataset.column_names))
+            rows = dataset.select(_rows_of(shard, len(dataset))).select_columns(seen)
             values = _compute(rows, shard * SHARD_ROWS, name, work)
             _write(folder / _shard_name(shard), save(values, metadata={KEY: key, HASH: tensors_hash(values)}))
             bar.update()
@@ -104,9 +106,9 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
     if work.process_index == 0:
         done = f"{len(missing)} of {len(shards)} parts computed in {time.monotonic() - began:.0f} s, kept in {folder}"
         logger.info(f"{name}: reference log-probs: {done if missing else f'read from {folder}'}.")
-    columns: dict[str, list[Tensor]] = {column: [] for column in REFERENCE_COLUMNS}
+    columns: dict[str, list[Tensor]] = {column: [] for column in work.columns}
     for shard in shards:
-        read = _read_shard(folder, shard, len(dataset), key)
+        read = _read_shard(folder, shard, len(dataset), key, work)
         if read is None:
             raise FileNotFoundError(
                 f"{folder / _shard_name(shard)} is missing after every process has written its part; all of them must "
@@ -115,7 +117,7 @@ def with_reference_logps(dataset: Dataset, folder: Path, work: Pass) -> Dataset:
         for column in columns:
             columns[column].append(read[column])
     stored = Dataset.from_dict({column: torch.cat(parts).numpy() for column, parts in columns.items()})
-    dataset = dataset.remove_columns([column for column in REFERENCE_COLUMNS if column in dataset.column_names])
+    dataset = dataset.remove_columns([column for column in work.columns if column in dataset.column_names])
     return concatenate_datasets([dataset, stored], axis=1)
 
 
@@ -169,18 +171,16 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 
 def _compute(rows: Dataset, first: int, name: str, work: Pass) -> dict[str, Tensor]:
-    parts: list[list[Tensor]] = []
+    parts: list[dict[str, Tensor]] = []
     for start in range(0, len(rows), work.batch_size):
         batch = [cast(dict, rows[i]) for i in range(start, min(start + work.batch_size, len(rows)))]
-        sums, lengths = work.logps(batch)
-        parts.append([half.cpu() for values in (sums.total, sums.tail, lengths) for half in values.chunk(2)])
-        finite = torch.isfinite(parts[-1][0]) & torch.isfinite(parts[-1][1])
+        parts.append({name: values.cpu() for name, values in work.logps(batch).items()})
+        finite = torch.stack([parts[-1][name].isfinite() for name in work.columns]).all(0)
         if not bool(finite.all()):
             row = first + start + int((~finite).nonzero()[0])
             raise ValueError(f"{name}[{row}]: the reference's log-prob is not a finite number; fp16 may be too narrow.")
-    values = [torch.cat(column) for column in zip(*parts, strict=True)]
-    names: tuple[str, ...] = (*REFERENCE_COLUMNS, *LENGTHS)
-    return {name: value.long() if name in LENGTHS else value.float() for name, value in zip(names, values, strict=True)}
+    values = {name: torch.cat([part[name] for part in parts]) for name in (*work.columns, *work.lengths)}
+    return {name: value.long() if name in work.lengths else value.float() for name, value in values.items()}
 
 
 def _rows_of(shard: int, rows: int) -> range:
@@ -191,7 +191,7 @@ def _shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
-def _read_shard(folder: Path, shard: int, rows: int, key: str) -> dict[str, Tensor] | None:
+def _read_shard(folder: Path, shard: int, rows: int, key: str, work: Pass) -> dict[str, Tensor] | None:
     path = folder / _shard_name(shard)
     if not path.is_file():
         return None
@@ -199,7 +199,7 @@ def _read_shard(folder: Path, shard: int, rows: int, key: str) -> dict[str, Tens
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             stored_key = metadata.get(KEY)
-            read = {name: file.get_tensor(name) for name in (*REFERENCE_COLUMNS, *LENGTHS)}
+            read = {name: file.get_tensor(name) for name in (*work.columns, *work.lengths)}
     except (SafetensorError, OSError):
         stored_key, read, metadata = None, {}, {}
     if read and HASH in metadata and metadata[HASH] != tensors_hash(read):

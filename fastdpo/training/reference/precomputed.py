@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config.dpo_config import DPOConfig
-from fastdpo.data.collate import REFERENCE_COLUMNS
+from fastdpo.data.collate import KL_BATCH, REFERENCE_COLUMNS, UNPAIRED_REFERENCE_COLUMNS
 from fastdpo.losses.from_tokens import SequenceLogps
 from fastdpo.models.forward import model_call
 from fastdpo.models.load import on_device
+from fastdpo.ops.sequence import segment_sum
 from fastdpo.training.pair_datasets import by_name
 from fastdpo.training.reference.base import FrozenModel, Reference
 from fastdpo.training.reference.fingerprints import reference_settings
@@ -32,11 +33,21 @@ SUMS, TAILS = REFERENCE_COLUMNS[:2], REFERENCE_COLUMNS[2:]
 Datasets = dict[str, Dataset]
 
 
+def sum_columns(args: DPOConfig) -> tuple[str, ...]:
+    """The columns of the reference's sums that a run reads: of pairs, or of single answers, for KTO under the prompts
+    of others too."""
+    if not args.unpaired:
+        return SUMS
+    return UNPAIRED_REFERENCE_COLUMNS if args.estimates_kl else UNPAIRED_REFERENCE_COLUMNS[:1]
+
+
 class PrecomputedReference(Reference):
     """Log-probs that the batches bring along; `source` answers batches that bring none, as long as it exists."""
 
-    def __init__(self, description: str, source: Reference | None, origin: Mapping[str, Any]) -> None:
-        self.description = description
+    def __init__(
+        self, description: str, source: Reference | None, origin: Mapping[str, Any], columns: tuple[str, ...] = SUMS
+    ) -> None:
+        self.description, self.columns = description, columns
         self.source = source
         self.origin = origin
         self._said = False
@@ -46,7 +57,7 @@ class PrecomputedReference(Reference):
             raise ValueError(
                 "a batch has no precomputed reference log-probs, and the reference that they come from is not in "
                 "memory any more; give the dataset to the trainer as eval_dataset, keep the columns "
-                f"{SUMS[0]} and {SUMS[1]} in a data collator of your own, or leave precompute_ref_log_probs out."
+                f"{' and '.join(self.columns)} in a data collator of your own, or leave precompute_ref_log_probs out."
             )
         if not self._said:
             self._said = True
@@ -74,21 +85,22 @@ def precompute(
     datasets: Datasets,
     args: DPOConfig,
     accelerator: Accelerator,
-    logps: Callable[[list[dict[str, Any]]], tuple[SequenceLogps, Tensor]],
+    logps: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
     collator: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PrecomputedReference, Datasets]:
     """The reference without its model, and the datasets ("train", "eval", "eval-a", ...) with its log-probs.
 
-    logps: rows -> the reference's sums and tails, and the lengths of the completions. Datasets that have log-probs in
-    their columns already (`ref_chosen_logps`, `ref_rejected_logps`) keep them; all or none must.
+    logps: rows -> the reference's columns, and the lengths of the completions (see `columns_of_rows`). Datasets that
+    have log-probs in their columns already (`ref_chosen_logps`, `ref_rejected_logps`) keep them; all or none must.
 
     Raises:
         ValueError, StaleLogpsError: one sentence, see `given_logps` and `with_reference_logps`.
     """
+    sums = sum_columns(args)
     if given_logps(datasets, args):
-        description = f"log-probs given with the dataset ({SUMS[0]}, {SUMS[1]})"
-        return PrecomputedReference(description, None, {"kind": "columns"}), datasets
+        description = f"log-probs given with the dataset ({', '.join(sums)})"
+        return PrecomputedReference(description, None, {"kind": "columns"}, sums), datasets
     root = Path(args.precompute_ref_dir or Path(str(args.output_dir), "ref_logps"))
     own = type(collator)
     settings = {
@@ -109,6 +121,8 @@ def precompute(
         usual = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
         work = Pass(
             logps=logps,
+            columns=sums if args.unpaired else REFERENCE_COLUMNS,
+            lengths=_LENGTHS[-1:] if args.unpaired else _LENGTHS[:-1],
             settings=settings,
             notes=notes,
             batch_size=args.precompute_ref_batch_size or usual,
@@ -121,7 +135,7 @@ def precompute(
             done[name] = with_reference_logps(dataset, root / _folder_name(name), work)
     description = f"log-probs precomputed in {root} from {reference.description}"
     source = None if isinstance(reference, FrozenModel) else reference
-    return PrecomputedReference(description, source, {**reference.origin, "precomputed": str(root)}), done
+    return PrecomputedReference(description, source, {**reference.origin, "precomputed": str(root)}, sums), done
 
 
 def given_logps(datasets: Datasets, args: DPOConfig) -> bool:
@@ -130,7 +144,8 @@ def given_logps(datasets: Datasets, args: DPOConfig) -> bool:
     Raises:
         ValueError: some have and some have not; one is no finite number; LD-DPO, which needs their tails too.
     """
-    having = [name for name, dataset in datasets.items() if set(SUMS) <= set(dataset.column_names)]
+    sums = sum_columns(args)
+    having = [name for name, dataset in datasets.items() if set(sums) <= set(dataset.column_names)]
     if not having:
         return False
     lacking = sorted(datasets.keys() - having)
@@ -145,7 +160,7 @@ def given_logps(datasets: Datasets, args: DPOConfig) -> bool:
                 f"ld_alpha (LD-DPO) weighs tokens of the reference too, and {name} has sums only ({', '.join(SUMS)}); "
                 "remove these columns, so that they are computed here."
             )
-        for column in SUMS if args.ld_alpha is None else REFERENCE_COLUMNS:
+        for column in sums if args.ld_alpha is None else REFERENCE_COLUMNS:
             values = np.asarray(dataset.with_format("numpy")[column][:], dtype=object)
             bad = [row for row, value in enumerate(values) if value is None or not np.isfinite(float(value))]
             if bad:
@@ -174,7 +189,7 @@ def precompute_for(trainer: Any, reference: Reference, policy: nn.Module) -> Pre
         by_name(trainer.train_dataset, trainer.eval_dataset),
         trainer.args,
         trainer.accelerator,
-        lambda rows: sums_of_rows(trainer, reference, rows),
+        lambda rows: columns_of_rows(trainer, reference, rows),
         trainer.data_collator,
         trainer.tokenizer,
     )
@@ -184,11 +199,29 @@ def precompute_for(trainer: Any, reference: Reference, policy: nn.Module) -> Pre
     return precomputed
 
 
-def sums_of_rows(trainer: Any, reference: Reference, rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
-    """The reference's sums over the completions of rows, and their scored tokens, (2B,) each."""
+# the scored tokens of completions: of pairs, and of single answers
+_LENGTHS = ("chosen_tokens", "rejected_tokens", "completion_tokens")
+
+
+def columns_of_rows(trainer: Any, reference: Reference, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The reference's log-probs over the completions of B rows, and their scored tokens, (B,) each by name."""
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer._memory.at("precomputing", inputs, trainer.data_collator)
+
+    def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        tokens = cast(Tensor, reference(trainer.model, model_call(batch)))
+        return tokens, batch["offsets"].to(tokens.device)
+
     with trainer._memory.explained(), trainer._logprob_forward.installed(), trainer.accelerator.autocast():
-        tokens = cast(Tensor, reference(trainer.model, model_call(inputs)))
-    offsets = inputs["offsets"].to(tokens.device)
-    return SequenceLogps.of(tokens, offsets), offsets.diff()
+        if not trainer.args.unpaired:
+            tokens, offsets = run(inputs)
+            halves = [
+                half for values in (*SequenceLogps.of(tokens, offsets), offsets.diff()) for half in values.chunk(2)
+            ]
+            return dict(zip((*REFERENCE_COLUMNS, *_LENGTHS[:2]), halves, strict=True))
+        columns = {}
+        for name, batch in zip(sum_columns(trainer.args), (inputs, inputs.get(KL_BATCH)), strict=False):
+            tokens, offsets = run(batch)
+            columns[name] = segment_sum(tokens, offsets)
+            columns.setdefault(_LENGTHS[2], offsets.diff())
+        return columns

@@ -71,7 +71,8 @@ class Advisor(TrainerCallback):
 
 
 def training_logs(history: Sequence[dict[str, Any]]) -> list[Record]:
-    """The records of training steps; evaluations and the run's own record are left out."""
+    """The records of training steps; evaluations, the run's own record, and windows in which unpaired answers were of
+    one kind alone are left out."""
     return [record for record in history if "loss" in record and "rewards/margins" in record]
 
 
@@ -165,7 +166,7 @@ def _chosen_falls(logs: Sequence[Record], args: DPOConfig) -> str | None:
 def _too_easy(logs: Sequence[Record], args: DPOConfig) -> str | None:
     # the first log may be of a policy that still is the reference, where no margin is above 0
     window = logs[1:5]
-    if len(logs) != 5 or any(record["rewards/accuracies"] < 0.999 for record in window):
+    if len(logs) != 5 or any(record.get("rewards/accuracies", 0.0) < 0.999 for record in window):
         return None
     steps = int(logs[-1]["step"] - logs[0]["step"])
     pairs = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -1,6 +1,7 @@
-"""DPO's metrics under TRL's names, kept on the device until they are logged."""
+"""Metrics under TRL's names, kept on the device until they are logged."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -8,36 +9,114 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fastdpo.losses import PairLogps, PreferenceOutput
+from fastdpo.losses import PairLogps, PreferenceOutput, UnpairedOutput
 from fastdpo.ops.sequence import segment_sum
 from fastdpo.ops.switches import widest_float
 
-PAIR_MEANS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "aux_loss",
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a batch's table, which has a row for each pair, or for each unpaired answer.
+
+    Attributes:
+        counts: what is counted; the first counts rows.
+        means: name -> the counts whose sum its own sum is divided by when it is logged.
+        lengths: name -> two counts, the first of which is logged as a mean over the second.
+        nothing: what is logged for a mean over nothing (no scored token in the window); None leaves it out.
+    """
+
+    counts: tuple[str, ...]
+    means: Mapping[str, tuple[str, ...]]
+    lengths: Mapping[str, tuple[str, str]]
+    nothing: float | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.counts, *self.means)
+
+    def table(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """The (B, K) table of a batch, in the order of `names`; each column is (B,), a scalar, or left out for 0.
+
+        float64 where the device has it, so that counts stay exact and sums do not depend on how a batch was cut.
+        """
+        losses = columns["loss"].detach().to(widest_float(columns["loss"].device.type))
+        columns = {self.counts[0]: torch.ones_like(losses), **columns}
+        zero = torch.zeros_like(losses)
+        return torch.stack(
+            [columns.get(name, zero).detach().to(losses).expand_as(losses) for name in self.names], dim=1
+        )
+
+    def of(self, table: Tensor, name: str) -> Tensor:
+        """(B,) of one column."""
+        return table[:, self.names.index(name)]
+
+    def averages(self, totals: Sequence[float]) -> dict[str, float]:
+        """The logged metrics of the summed table; no row at all gives {}. `aux_loss` is left out where no batch had
+        one."""
+        column = dict(zip(self.names, totals, strict=True))
+        if column[self.counts[0]] == 0:
+            return {}
+        quotients = {
+            name: (column[name], sum(column[count] for count in counts)) for name, counts in self.means.items()
+        }
+        quotients |= {name: (column[one], column[other]) for name, (one, other) in self.lengths.items()}
+        if not column["aux_loss"]:
+            del quotients["aux_loss"]
+        logged = {
+            name: value / count if count else cast(float, self.nothing)
+            for name, (value, count) in quotients.items()
+            if count or self.nothing is not None
+        }
+        if "rewards/margins" not in logged and {"rewards/chosen", "rewards/rejected"} <= logged.keys():
+            logged["rewards/margins"] = logged["rewards/chosen"] - logged["rewards/rejected"]
+        return logged
+
+
+_TOKENS = ("chosen_tokens", "rejected_tokens")
+PAIRS = Columns(
+    counts=("pairs", *_TOKENS, "num_tokens"),
+    means={
+        **dict.fromkeys(
+            (
+                *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+                *("logps/chosen", "logps/rejected", "aux_loss"),
+            ),
+            ("pairs",),
+        ),
+        "logits/chosen": ("chosen_tokens",),
+        "logits/rejected": ("rejected_tokens",),
+        "entropy": _TOKENS,
+        "mean_token_accuracy": ("chosen_tokens",),
+    },
+    lengths={"length/chosen": ("chosen_tokens", "pairs"), "length/rejected": ("rejected_tokens", "pairs")},
+    nothing=0.0,  # as TRL's DPOTrainer logs it
 )
-# each is a sum over scored tokens, divided by the number of them in the named columns
-TOKEN_MEANS = {
-    "logits/chosen": ("chosen_tokens",),
-    "logits/rejected": ("rejected_tokens",),
-    "entropy": ("chosen_tokens", "rejected_tokens"),
-    "mean_token_accuracy": ("chosen_tokens",),
-}
-# counts of scored tokens that are logged as means over pairs
-LENGTHS = {"length/chosen": "chosen_tokens", "length/rejected": "rejected_tokens"}
+# of unpaired answers: `chosen` are the desirable ones, as in TRL's KTOTrainer
+ANSWERS = Columns(
+    counts=("answers", "desirable", "undesirable", *_TOKENS, "num_tokens"),
+    means={
+        **dict.fromkeys(("loss", "aux_loss"), ("answers",)),
+        **dict.fromkeys(("rewards/chosen", "logps/chosen"), ("desirable",)),
+        **dict.fromkeys(("rewards/rejected", "logps/rejected"), ("undesirable",)),
+        "logits/chosen": ("chosen_tokens",),
+        "logits/rejected": ("rejected_tokens",),
+        "entropy": _TOKENS,
+        "mean_token_accuracy": ("chosen_tokens",),
+    },
+    lengths={"length/chosen": ("chosen_tokens", "desirable"), "length/rejected": ("rejected_tokens", "undesirable")},
+    nothing=None,
+)
+# what rewards are compared with: "kl" (not times beta, as TRL logs it) or "delta"
+SHIFTS = ("kl", "delta")
+SHIFTED = {shift: replace(ANSWERS, means={**ANSWERS.means, shift: ("answers",)}) for shift in SHIFTS}
 # of the pairs' margins in the window
 QUANTILES = {"rewards/margins_p10": 0.1, "rewards/margins_p50": 0.5, "rewards/margins_p90": 0.9}
-COUNTS = ("pairs", "chosen_tokens", "rejected_tokens", "num_tokens")
 # what a log has beside the loss, whose window Trainer averages
 LOGGED = frozenset(
-    {*PAIR_MEANS, *TOKEN_MEANS, *LENGTHS, *QUANTILES, "num_tokens", "tokens_per_second", "peak_memory_gb"} - {"loss"}
-)
+    name
+    for names in (PAIRS.means, PAIRS.lengths, SHIFTS, QUANTILES, ("num_tokens", "tokens_per_second", "peak_memory_gb"))
+    for name in names
+) - {"loss"}
 PREDICTIONS = (
     "rewards/chosen",
     "rewards/rejected",
@@ -46,48 +125,31 @@ PREDICTIONS = (
     "chosen_tokens",
     "rejected_tokens",
 )
-COLUMNS = (*COUNTS, *PAIR_MEANS, *TOKEN_MEANS)
 
 
-def per_pair_table(columns: dict[str, Tensor]) -> Tensor:
-    """The (B, K) table of a batch, one row a pair, in the order of `COLUMNS`; each column is (B,).
-
-    float64 where the device has it, so that counts stay exact and sums do not depend on how a batch was cut.
-    """
-    reference = columns["rewards/chosen"]
-    dtype = widest_float(reference.device.type)
-    columns = {"pairs": torch.ones_like(reference), "aux_loss": torch.zeros_like(reference), **columns}
-    return torch.stack([columns[name].detach().to(dtype) for name in COLUMNS], dim=1)
+def _per_sequence(values: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return segment_sum(values.detach().to(dtype), offsets)
 
 
 @torch.no_grad()
-def batch_table(
-    output: PreferenceOutput,
-    logps: PairLogps,
-    policy: dict[str, Tensor],
-    offsets: Tensor,
-    lengths: Tensor,
-    aux_loss: Tensor | None = None,
-    aux_weight: float = 0.0,
-) -> Tensor:
-    """The (B, K) table of a batch.
+def pair_columns(
+    output: PreferenceOutput, logps: PairLogps, policy: Mapping[str, Tensor], offsets: Tensor, lengths: Tensor
+) -> dict[str, Tensor]:
+    """The columns of `PAIRS`, (B,) each, but for the auxiliary loss.
 
     policy: the statistics of the M scored tokens, (M,) each, and perhaps more. offsets: (2B + 1,) int64, on their
-    device. lengths: (2B,), the tokens of each sequence. aux_loss: a scalar, added to every loss times `aux_weight`.
+    device. lengths: (2B,), the tokens of each sequence.
     """
-    losses = output.losses
-
-    def per_side(values: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, rejected = segment_sum(values.detach().to(losses.dtype), offsets).chunk(2)
-        return chosen, rejected
-
+    dtype = output.losses.dtype
     chosen_tokens, rejected_tokens = offsets.diff().chunk(2)
-    logits, entropy = per_side(policy["mean_logit"]), per_side(policy["entropy"])
-    columns = {
+    logits, entropy, top1 = (
+        _per_sequence(policy[name], offsets, dtype).chunk(2) for name in ("mean_logit", "entropy", "is_top1")
+    )
+    return {
         "chosen_tokens": chosen_tokens,
         "rejected_tokens": rejected_tokens,
         "num_tokens": lengths.to(offsets.device).view(2, -1).sum(0),
-        "loss": losses,
+        "loss": output.losses,
         "rewards/chosen": output.chosen_rewards,
         "rewards/rejected": output.rejected_rewards,
         "rewards/accuracies": output.chosen_rewards > output.rejected_rewards,
@@ -97,34 +159,63 @@ def batch_table(
         "logits/chosen": logits[0],
         "logits/rejected": logits[1],
         "entropy": entropy[0] + entropy[1],
-        "mean_token_accuracy": per_side(policy["is_top1"])[0],
+        "mean_token_accuracy": top1[0],
     }
-    if aux_loss is not None:
-        aux_loss = aux_loss.to(losses).expand_as(losses)
-        columns |= {"loss": losses + aux_weight * aux_loss, "aux_loss": aux_loss}
-    return per_pair_table(columns)
 
 
-def predictions(table: Tensor) -> dict[str, Tensor]:
-    """What `compute_metrics` gets of each pair, (B,) each, under the names of the metrics."""
-    return {name: table[:, COLUMNS.index(name)] for name in PREDICTIONS}
+@torch.no_grad()
+def answer_columns(
+    output: UnpairedOutput,
+    logps: Tensor,
+    label: Tensor,
+    policy: Mapping[str, Tensor],
+    offsets: Tensor,
+    lengths: Tensor,
+) -> dict[str, Tensor]:
+    """The columns of `ANSWERS`, (B,) each, but for what rewards are compared with and the auxiliary loss.
 
-
-def averages(totals: Sequence[float]) -> dict[str, float]:
-    """The logged metrics of the summed table: pair means over pairs, token means over scored tokens.
-
-    A mean over nothing (no scored token in the window) is 0.0, as TRL logs it; no pair at all gives {}. `aux_loss` is
-    left out where no batch had one.
+    logps: (B,). label: (B,) bool. policy, offsets (B + 1,), lengths (B,): as in `pair_columns`.
     """
-    column = dict(zip(COLUMNS, totals, strict=True))
-    if column["pairs"] == 0:
-        return {}
-    logged = {name: column[name] / column["pairs"] for name in PAIR_MEANS if name != "aux_loss" or column[name]}
-    logged |= {name: column[count] / column["pairs"] for name, count in LENGTHS.items()}
-    for name, counts in TOKEN_MEANS.items():
-        tokens = sum(column[count] for count in counts)
-        logged[name] = column[name] / tokens if tokens else 0.0
-    return logged
+    dtype = output.losses.dtype
+    tokens = offsets.diff()
+    values = {
+        "tokens": tokens,
+        "rewards/": output.rewards,
+        "logps/": logps,
+        "logits/": _per_sequence(policy["mean_logit"], offsets, dtype),
+    }
+    columns = {
+        "desirable": label,
+        "undesirable": ~label,
+        "num_tokens": lengths.to(offsets.device),
+        "loss": output.losses,
+        "entropy": _per_sequence(policy["entropy"], offsets, dtype),
+        "mean_token_accuracy": _per_sequence(policy["is_top1"], offsets, dtype) * label,
+    }
+    for side, mine in (("chosen", label), ("rejected", ~label)):
+        for name, numbers in values.items():
+            # not times 0, which leaves NaN
+            columns[f"{side}_tokens" if name == "tokens" else name + side] = numbers.where(mine, 0)
+    return columns
+
+
+def predictions(columns: Columns, table: Tensor) -> dict[str, Tensor]:
+    """What `compute_metrics` gets of each row, (B,) each: of pairs under the names of the metrics, of unpaired answers
+    "rewards", "logps" and "tokens"."""
+    if columns is PAIRS:
+        return {name: PAIRS.of(table, name) for name in PREDICTIONS}
+    sides = {"rewards": "rewards/{}", "logps": "logps/{}", "tokens": "{}_tokens"}
+    return {
+        name: columns.of(table, column.format("chosen")) + columns.of(table, column.format("rejected"))
+        for name, column in sides.items()
+    }
+
+
+def labels(columns: Columns, table: Tensor) -> Tensor:
+    """(B,) int64: 0 for each pair, whose chosen answer is the right one; 1 for a desirable unpaired answer, else 0."""
+    return (
+        torch.zeros_like(table[:, 0], dtype=torch.long) if columns is PAIRS else columns.of(table, "desirable").long()
+    )
 
 
 def margin_quantiles(margins: Tensor) -> dict[str, float]:
@@ -142,9 +233,10 @@ def margin_quantiles(margins: Tensor) -> dict[str, float]:
 
 
 class MetricSums:
-    """Running column sums, and the margins of the pairs. `add` neither copies to the host nor waits for the device."""
+    """Running column sums, and the margins of pairs. `add` neither copies to the host nor waits for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Columns = PAIRS) -> None:
+        self.columns = columns
         self._sums: Tensor | None = None
         self._margins: list[Tensor] = []
 
@@ -152,14 +244,16 @@ class MetricSums:
         """Add a batch's (B, K) table."""
         sums = table.sum(0)
         self._sums = sums if self._sums is None else self._sums + sums
-        self._margins.append(table[:, COLUMNS.index("rewards/margins")].clone())
+        if self.columns is not PAIRS:
+            return
+        self._margins.append(self.columns.of(table, "rewards/margins").clone())
         if len(self._margins) == 1024:
             self._margins = [torch.cat(self._margins)]  # a small tensor takes 512 bytes on a GPU
 
     def tensor(self, device: torch.device) -> Tensor:
         """The sums of this process, (K,)."""
         return (
-            torch.zeros(len(COLUMNS), dtype=widest_float(device.type), device=device)
+            torch.zeros(len(self.columns.names), dtype=widest_float(device.type), device=device)
             if self._sums is None
             else self._sums
         )
@@ -185,9 +279,9 @@ class MetricWindow:
         num_tokens: of all steps that were logged, over all processes.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.training, self.evaluation = MetricSums(), MetricSums()
+    def __init__(self, accelerator: Accelerator, columns: Columns = PAIRS) -> None:
+        self.accelerator, self.columns = accelerator, columns
+        self.training, self.evaluation = MetricSums(columns), MetricSums(columns)
         self.num_tokens = 0
         # of steps before a checkpoint that this process did not run: no part of its speed
         self._tokens_before = 0
@@ -197,10 +291,10 @@ class MetricWindow:
         went through meanwhile; the next window begins."""
         totals, margins = self._totals(), self._margins()
         self.training.clear()
-        means = averages(totals)
+        means = self.columns.averages(totals)
         if not means:
             return {}, 0
-        tokens = int(totals[COLUMNS.index("num_tokens")])
+        tokens = int(totals[self.columns.names.index("num_tokens")])
         self.num_tokens += tokens
         mine, self._tokens_before = tokens - self._tokens_before, 0
         return means | margin_quantiles(margins), mine
@@ -210,7 +304,7 @@ class MetricWindow:
         the last batch of several processes."""
         device = self.accelerator.device
         totals = self.evaluation.tensor(device).tolist()
-        return averages(totals) | margin_quantiles(self.evaluation.margins(device))
+        return self.columns.averages(totals) | margin_quantiles(self.evaluation.margins(device))
 
     def _totals(self) -> list[float]:
         sums = self.training.tensor(self.accelerator.device)
@@ -227,7 +321,7 @@ class MetricWindow:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         self.num_tokens = state["num_tokens"] if state else 0
-        self._tokens_before = int(state["metric_sums"][COLUMNS.index("num_tokens")]) if state else 0
+        self._tokens_before = int(state["metric_sums"][self.columns.names.index("num_tokens")]) if state else 0
         self.training.clear()
         # the sums of all processes go on in one of them
         if state and self.accelerator.process_index == 0:

@@ -165,22 +165,6 @@ def test_rows_that_lack_something(row, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "1 + 2?", "completion": "3", "label": True},
-        {"prompt": [ASK], "completion": [THREE], "label": False},
-        {"conversations": turns(HUMAN, GPT), "kto_tag": False},
-        {"instruction": "1 + 2?", "output": "3", "kto_tag": True},
-        {"messages": [ASK, THREE], "label": 0},
-    ],
-)
-def test_unpaired_rows_say_what_they_are(row):
-    assert is_unpaired(row)
-    with pytest.raises(RowError, match=r"is unpaired .*, which is not trained yet: bring pairs"):
-        preference_from_row(row)
-
-
 def test_a_label_beside_a_pair_is_metadata():
     for row in ({"prompt": "?", "chosen": "3", "rejected": "4"}, {"messages": [ASK, THREE], "rejected_response": "4"}):
         assert not is_unpaired({**row, "label": 1})

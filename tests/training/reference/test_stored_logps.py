@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.data.collate import DataCollatorForPreference
+from fastdpo.data.collate import REFERENCE_COLUMNS, DataCollatorForPreference
 from fastdpo.files import write_atomic
-from fastdpo.losses.from_tokens import SequenceLogps
 from fastdpo.training.reference import logp_store
 from fastdpo.training.reference.logp_store import StaleLogpsError
 from precomputed_runs import adapted, columns, make, pairs, rows, shards, two_adapters
@@ -136,13 +135,12 @@ def test_the_chat_template_is_named_where_the_data_differ(tmp_path: Path) -> Non
 def one_pass(value: float, wait: Any = lambda: None, seen: list[str] | None = None) -> logp_store.Pass:
     """A pass whose reference gives `value` for every pair."""
 
-    def logps(rows: list[dict[str, Any]]) -> tuple[SequenceLogps, Tensor]:
+    def logps(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         if seen is not None:
             seen.append("compute")
-        sums = torch.full((2 * len(rows),), value)
-        return SequenceLogps(sums, torch.zeros_like(sums)), torch.ones(len(sums), dtype=torch.long)
+        return {name: torch.full((len(rows),), value) for name in (*REFERENCE_COLUMNS, "chosen_tokens")}
 
-    return logp_store.Pass(logps, {"max_length": value}, {}, 2, 0, 1, wait, True)
+    return logp_store.Pass(logps, REFERENCE_COLUMNS, ("chosen_tokens",), {"max_length": value}, {}, 2, 0, 1, wait, True)
 
 
 def test_two_runs_that_begin_in_one_folder_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

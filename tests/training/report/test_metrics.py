@@ -15,11 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.training.report import metrics, speed
 from fastdpo.training.report.metric_files import metric_rows, summarize
-from fastdpo.training.report.metrics import COLUMNS, MetricSums, margin_quantiles
+from fastdpo.training.report.metrics import PAIRS, MetricSums, margin_quantiles
 from fastdpo.training.report.speed import Stopwatch, peak_memory_gb
 from fastdpo.training.trainer import DPOTrainer
 
 CPU = torch.device("cpu")
+COLUMNS = PAIRS.names
 VOCABULARY = 29
 
 
@@ -87,7 +88,7 @@ def test_the_window_keeps_every_margin_and_goes_through_a_checkpoint() -> None:
     assert again.tensor(CPU)[COLUMNS.index("pairs")] == 3001
     again.clear()
     assert again.margins(CPU).shape == (0,)
-    assert metrics.averages(again.tensor(CPU).tolist()) == {}
+    assert PAIRS.averages(again.tensor(CPU).tolist()) == {}
 
 
 def test_logs_have_lengths_quantiles_speed_and_memory(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_the_command_says_the_sentence_alone(
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Two and two?", "chosen": "4", "rejected": "5"}) + "\n")
     # within the loss of the first batch
-    monkeypatch.setattr(metrics, "batch_table", fail(torch.OutOfMemoryError(CUDA)))
+    monkeypatch.setattr(metrics, "pair_columns", fail(torch.OutOfMemoryError(CUDA)))
     given = [
         "train",
         "-m",
