@@ -65,19 +65,24 @@ def _read(files: list[Path], split: str, suffixes: tuple[str, ...] | None) -> It
         yield from read_file(file, split)
 
 
-def with_columns(rows: Iterable[PlacedRow], columns: list[str] | Mapping[str, str]) -> Iterator[PlacedRow]:
-    """Rows with these columns alone (a list), or with columns renamed (a mapping: our name to the row's)."""
+def with_columns(rows: Iterable[PlacedRow], columns: list[str] | Mapping[str, str | list[str]]) -> Iterator[PlacedRow]:
+    """Rows with these columns alone (a list), or with columns renamed (a mapping: our name to the row's).
+
+    Where a mapping has several names for a column, the first that the row has is taken.
+    """
+    wanted = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     for place, row in rows:
         if not isinstance(row, Mapping):
             yield place, row
             continue
-        names = columns.values() if isinstance(columns, Mapping) else columns
-        missing = next((name for name in names if name not in row), None)
+        names = {ours: [theirs] if isinstance(theirs, str) else theirs for ours, theirs in wanted.items()}
+        taken = {ours: next((name for name in theirs if name in row), None) for ours, theirs in names.items()}
+        missing = next((ours for ours, name in taken.items() if name is None), None)
         if missing is not None:
             there = ", ".join(f"`{name}`" for name in row)
-            yield place, RowError(f"has no column `{missing}`, which columns names; found {there}")
-        elif isinstance(columns, Mapping):
-            rest = {name: value for name, value in row.items() if name not in columns.values()}
-            yield place, {**rest, **{name: row[source] for name, source in columns.items()}}
-        else:
-            yield place, {name: row[name] for name in columns}
+            asked = " or ".join(f"`{name}`" for name in names[missing])
+            yield place, RowError(f"has no column {asked}, which columns names; found {there}")
+            continue
+        rest = row.items() if isinstance(columns, Mapping) else ()
+        rest = {name: value for name, value in rest if name not in taken.values()}
+        yield place, {**rest, **{ours: row[name] for ours, name in taken.items() if name is not None}}

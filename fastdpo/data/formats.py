@@ -45,7 +45,7 @@ def load_preferences(
     dataset_dir: str | None = None,
     data_dir: str | None = None,
     data_files: DataFiles | None = None,
-    columns: list[str] | Mapping[str, str] | None = None,
+    columns: list[str] | Mapping[str, str | list[str]] | None = None,
     skip_bad_rows: bool = False,
     seed: int = 42,
 ) -> Dataset:
@@ -79,7 +79,7 @@ def stream_preferences(
     dataset_dir: str | None = None,
     data_dir: str | None = None,
     data_files: DataFiles | None = None,
-    columns: list[str] | Mapping[str, str] | None = None,
+    columns: list[str] | Mapping[str, str | list[str]] | None = None,
     skip_bad_rows: bool = False,
 ) -> IterableDataset:
     """As `load_preferences`, with rows that are read when they are asked for, in every epoch again.
@@ -126,7 +126,7 @@ def _open(
     dataset_dir: str | None,
     data_dir: str | None,
     data_files: DataFiles | None,
-    columns: list[str] | Mapping[str, str] | None,
+    columns: list[str] | Mapping[str, str | list[str]] | None,
 ) -> Source:
     if data_dir is None and data_files is None and source not in BUILDERS:
         opened = open_source(source, split=split, config=config, dataset_dir=dataset_dir)

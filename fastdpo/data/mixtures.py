@@ -25,7 +25,8 @@ class DatasetSpec:
 
     path: whatever `load_preferences` takes; also json, csv or parquet with `data_files` or `data_dir`.
     name: configuration of a hub dataset. columns: those that are kept (a list, as in TRL), or our name -> the file's
-    name (a mapping). fraction: the share in the mixture (see `mix`).
+    name or names (a mapping; the first that a row has). fraction: the share in the mixture (see `mix`). rate: the share
+    of the dataset's own rows that is taken, as `data_scale_rate` of all datasets.
     """
 
     path: str
@@ -33,8 +34,9 @@ class DatasetSpec:
     data_dir: str | None = None
     data_files: DataFiles | None = None
     split: str = "train"
-    columns: list[str] | dict[str, str] | None = None
+    columns: list[str] | dict[str, str | list[str]] | None = None
     fraction: float | None = None
+    rate: float | None = None
 
     @property
     def label(self) -> str:
@@ -71,11 +73,18 @@ def _parse_spec(item: Any, place: str) -> DatasetSpec:
     if not all(_is_texts(value) or isinstance(value, str) for value in named):
         raise DataError(f"{place}: data_files is {files!r}; wanted a file, a list of files, or one for each split.")
     columns = options.get("columns", [])
-    if not _is_texts(list(columns.values()) if isinstance(columns, Mapping) else columns):
-        raise DataError(f"{place}: columns is {columns!r}; wanted a list of names, or our names with the file's.")
+    if isinstance(columns, Mapping):
+        columns = [name for names in columns.values() for name in (names if isinstance(names, list) else [names])]
+    if not _is_texts(columns):
+        raise DataError(
+            f"{place}: columns is {options['columns']!r}; wanted a list of names, or our names with the file's."
+        )
     fraction = options.get("fraction", 1.0)
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < math.inf:
         raise DataError(f"{place}: fraction is {fraction!r}; wanted a number above 0.")
+    rate = options.get("rate", 1.0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        raise DataError(f"{place}: rate is {rate!r}; wanted a share in (0, 1].")
     return DatasetSpec(**options)
 
 
@@ -127,10 +136,12 @@ def load_mixture(
             skip_bad_rows=skip_bad_rows,
         )
         rows = len(part)
-        if data_scale_rate < 1:
-            taken = int(rows * data_scale_rate)
+        rate = data_scale_rate * (spec.rate or 1)
+        if rate < 1:
+            taken = int(rows * rate)
             if not taken:
-                raise DataError(f"{spec.label}: data_scale_rate {data_scale_rate} of {count(rows, 'row')} is none.")
+                name = "rate" if spec.rate else "data_scale_rate"
+                raise DataError(f"{spec.label}: {name} {rate:g} of {count(rows, 'row')} is none.")
             part = _taken(part, np.random.default_rng(seed).permutation(rows)[:taken])
         if max_samples is not None and max_samples < len(part):
             part = _taken(part, range(max_samples))
@@ -198,6 +209,8 @@ def stream_mixture(
     for spec in specs:
         options = {field.name: getattr(spec, field.name) for field in fields(spec)}
         del options["fraction"]
+        if options.pop("rate"):
+            raise DataError(f"{spec.label}: rate needs all of the rows, and a stream has none yet: leave it out.")
         part = stream_preferences(
             options.pop("path"),
             config=options.pop("name"),

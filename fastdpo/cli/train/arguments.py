@@ -43,6 +43,10 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, ... Unset: transformers' choice."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Chat template (Jinja text, or a file with it) in place of the tokenizer's own."},
+    )
     use_peft: bool = field(
         default=False,
         metadata={"help": "Train a LoRA adapter; the reference is the model with the adapter switched off."},

@@ -149,7 +149,7 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
             f"no such model: {name} is neither a folder with a config.json nor a model that can be read from the hub"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(own or name, **({} if own else hub)), config.model_type
+        tokenizer = AutoTokenizer.from_pretrained(own or name, **({} if own else hub))
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises no narrower class for a broken tokenizer.json
@@ -157,6 +157,19 @@ def load_tokenizer(option: dict[str, Any]) -> tuple[Any, str]:
         if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
             reason = "the folder holds no tokenizer.json; save the tokenizer there that the model was trained with"
         raise UsageError(f"the model {own or name} has no tokenizer that can be read: {reason}") from error
+    if option["chat_template"] is not None:
+        tokenizer.chat_template = read_template(option["chat_template"])
+    return tokenizer, config.model_type
+
+
+def read_template(template: str) -> str:
+    """Jinja text as it is, or that of the file. Raises UsageError for a file that cannot be read."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--chat_template {template} is neither Jinja text nor a file that can be read") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -70,6 +70,7 @@ FIELDS = (
     Field('resume_from_checkpoint', 'bool | str | None', None, None, 'output', 'Checkpoint folder to go on from; no value: the newest complete one in output_dir', 'dpo', True),
     Field('report_to', 'list[str] | str | None', 'none', None, 'output', 'Trackers to log to: all, none, or names such as tensorboard, wandb.', 'dpo', True),
     Field('run_name', 'str | None', None, None, 'output', 'An optional descriptor for the run', 'dpo', True),
+    Field('chat_template', 'str | None', None, None, 'model, further', "Chat template (Jinja text, or a file with it) in place of the tokenizer's own.", 'model', False),
     Field('lora_target_parameters', 'list[str] | None', None, None, 'model, further', 'Parameters that get LoRA, for experts that are no modules.', 'model', False),
     Field('lora_task_type', 'str', 'CAUSAL_LM', ('CAUSAL_LM',), 'model, further', 'The task, as in TRL; there is one.', 'model', False),
     Field('init_lora_weights', 'bool | str', True, None, 'model, further', "PEFT's initialization: true (adds nothing at first), gaussian, pissa, ...", 'model', False),

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 from fastdpo.cli.command import SentenceParser
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.train import llama_factory
 from fastdpo.cli.train.arguments import Field
 from fastdpo.cli.train.config_files import OWN_FLAGS, read_config
 from fastdpo.cli.train.fields import FIELDS
-from fastdpo.cli.train.llama_factory import KEYS
+from fastdpo.cli.train.translations.llama_factory import LLAMA_FACTORY
+from fastdpo.cli.train.translations.tool import translate
+from fastdpo.cli.train.translations.tools import KEYS, SEVERAL, recognize, tools_with
 from fastdpo.cli.train.values import Argument, as_yaml, convert
 from fastdpo.config.old_names import OLD_NAMES, todays_names
-from fastdpo.config.other_names import OTHER_NAMES, meant_by
+from fastdpo.config.other_names import ADVICE, OTHER_NAMES, meant_by
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Request(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Request:
-    """Command line over config file, old names and LLaMA-Factory's as today's; one log line says each translation.
+    """Command line over config file, old names and other tools' as today's; one log line says each translation.
 
     Raises UsageError with one sentence that names the argument.
     """
@@ -51,9 +52,9 @@ def parse(argv: Sequence[str]) -> Request:
     config = namespace.config
     arguments = read_config(Path(config)) if config is not None else []
     arguments += [Argument(name, value) for name, value in on_command_line.items() if name not in OWN_FLAGS]
-    foreign = llama_factory.is_one(arguments)
-    if foreign:
-        arguments = llama_factory.translate(arguments, str(config or "the command line"))
+    tool = recognize(arguments)
+    if tool:
+        arguments = translate(tool, arguments, str(config or "the command line"))
     for argument in arguments:
         if argument.name not in BY_NAME and argument.name not in OLD_NAMES and argument.name not in OLD_COMMAND_NAMES:
             raise UsageError(_unknown(argument.name, argument.place))
@@ -62,8 +63,8 @@ def parse(argv: Sequence[str]) -> Request:
     for argument in _todays(arguments):
         values[argument.name] = convert(argument.value, BY_NAME[argument.name], argument.where)
         sources[argument.name] = argument.where
-    if foreign:
-        llama_factory.add_defaults(values)
+    if tool:
+        tool.add_defaults(values)
     return Request(values, sources, demo=namespace.demo, config=config)
 
 
@@ -111,7 +112,7 @@ def _build_parser(show_all: bool) -> SentenceParser:
     command.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML or JSON file of arguments, or LLaMA-Factory's; the command line goes first",
+        help="YAML or JSON file of arguments, or another tool's configuration; the command line goes first",
     )
     command.add_argument("--demo", action="store_true", help="train the embedded tiny model: no data, network or GPU")
     command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
@@ -119,7 +120,8 @@ def _build_parser(show_all: bool) -> SentenceParser:
     command.add_argument("--help_all", action="store_true", help="every argument")
     # understood, and not shown
     for name in sorted(UNLISTED_NAMES):
-        command.add_argument(f"--{name}", default=argparse.SUPPRESS, nargs="?", const="true", help=argparse.SUPPRESS)
+        words: dict[str, Any] = {"nargs": "+"} if name in SEVERAL else {"nargs": "?", "const": "true"}
+        command.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **words)
     groups: dict[str, Any] = {}
     short = {name: flag for flag, name in SHORT.items()}
     for field in FIELDS:
@@ -185,10 +187,12 @@ def _canonical(argv: Sequence[str]) -> list[str]:
 
 
 def _unknown(name: str, place: str) -> str:
-    if name in KEYS and name not in OTHER_NAMES:
-        hint = f" outside a LLaMA-Factory configuration, which has {'stage: dpo' if place else 'stage=dpo'}"
-    else:
+    tools = sorted(tools_with(name), key=lambda tool: tool is not LLAMA_FACTORY)
+    if not tools or name in OTHER_NAMES or (name in ADVICE and tools[0] is not LLAMA_FACTORY):
         hint = _suggestion(name, "" if place else "--")
+    else:
+        mark = tools[0].mark if place else tools[0].mark.replace(": ", "=")
+        hint = f" outside {tools[0].label} configuration, which has {mark}"
     return f"{place}: there is no key '{name}'{hint}" if place else f"there is no argument '--{name}'{hint}"
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastdpo.cli.train.llama_factory import _TRANSLATE, KEYS, OURS
-from fastdpo.cli.train.llama_factory_keys import REFUSED, RENAMED, WHY_NOT
 from fastdpo.cli.train.parsing import UsageError, parse
+from fastdpo.cli.train.translations.llama_factory import LLAMA_FACTORY
 
 ALWAYS = {"max_length": 2048, "learning_rate": 5e-5}
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
@@ -28,14 +27,6 @@ def values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 # what each key becomes
-
-
-def test_every_key_of_the_tables_has_one_place():
-    tables = [set(RENAMED), set(REFUSED), set(WHY_NOT), set(_TRANSLATE) - set(RENAMED)]
-    assert sum(map(len, tables)) == len(KEYS)
-    assert set(RENAMED.values()) <= OURS
-    # a key of our own would be taken as it is before these tables are asked
-    assert not OURS & (REFUSED.keys() | WHY_NOT.keys() | RENAMED.keys())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +90,7 @@ def test_every_key_of_the_tables_has_one_place():
         ("warmup_ratio: 0.1\nwarmup_steps: 0", {"warmup_steps": 0.1}),
         ("evaluation_strategy: steps\neval_steps: 5", {"eval_strategy": "steps", "eval_steps": 5.0}),
         ("bf16: true\nddp_timeout: 180000000\noverwrite_output_dir: true", {"bf16": True, "ddp_timeout": 180000000}),
+        ("kto_chosen_weight: 2\nkto_rejected_weight: 3", {}),
         ("precompute_ref_log_probs: true", {"precompute_ref_log_probs": True}),
         ("packing: false\nuse_unsloth: false\nresume_from_checkpoint: null\nlora_alpha: null\nref_model: null", {}),
     ],
@@ -236,13 +228,13 @@ def test_one_log_line_says_the_defaults_and_one_what_has_no_effect(
     )
 
 
-@pytest.mark.parametrize("name", sorted(WHY_NOT))
+@pytest.mark.parametrize("name", sorted(LLAMA_FACTORY.why_not))
 def test_what_has_no_effect_is_said_only_where_it_asks_for_something(
     values: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture, name: str
 ):
     with caplog.at_level(logging.INFO, logger="fastdpo"):
         assert values(f"{name}: true") == {**ALWAYS, **LORA}
-        assert caplog.messages[1] == f"no effect here: {name} ({WHY_NOT[name]})."
+        assert caplog.messages[1] == f"no effect here: {name} ({LLAMA_FACTORY.why_not[name]})."
         caplog.clear()
         values(f"{name}: false")
         assert len(caplog.messages) == 1
@@ -251,7 +243,7 @@ def test_what_has_no_effect_is_said_only_where_it_asks_for_something(
 # what is refused
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(LLAMA_FACTORY.refused))
 def test_what_would_change_training_and_is_not_built_is_refused(values: Callable[..., dict[str, Any]], name: str):
     assert values(f"{name}: false") == {**ALWAYS, **LORA}
     with pytest.raises(UsageError, match=rf"dpo\.yaml:2: {name} is not supported: "):
@@ -307,6 +299,8 @@ def test_another_stage_is_refused_and_a_file_of_ours_stays_ours(tmp_path: Path):
     path.write_text("model_name_or_path: m\nstage: sft\n")
     with pytest.raises(UsageError, match=r"run.yaml:2: stage is sft, and fastdpo trains dpo: set it to dpo, or use l"):
         parse([str(path)])
+    path.write_text("stage: kto\nkto_chosen_weight: 2\n")
+    assert parse([str(path)]).values == {**ALWAYS, **LORA, "loss_type": "kto", "desirable_weight": 2.0}
     path.write_text("beta: 0.1\ncutoff_len: 512\nlora_rank: 8\n")
     with pytest.raises(UsageError, match=r"run.yaml:2: there is no key 'cutoff_len': here it is 'max_length'"):
         parse([str(path)])

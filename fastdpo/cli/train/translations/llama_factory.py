@@ -5,70 +5,63 @@ copied except where they are mistakes: `pref_loss` is honoured, and an adapter t
 reference.
 """
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.errors import UsageError
-from fastdpo.cli.train.arguments import Field
-from fastdpo.cli.train.fields import FIELDS
-from fastdpo.cli.train.llama_factory_keys import DEFAULTS, LORA_DEFAULTS, REFUSED, RENAMED, WHY_NOT
-from fastdpo.cli.train.values import Argument, as_yaml, convert
-from fastdpo.config.old_names import OLD_NAMES
-from fastdpo.wording import did_you_mean
+from fastdpo.cli.train.translations.llama_factory_keys import DEFAULTS, LORA_DEFAULTS, NO_EFFECT, REFUSED, RENAMED
+from fastdpo.cli.train.translations.tool import (
+    OURS,
+    Arguments,
+    Tool,
+    as_it_is,
+    flag,
+    held_out,
+    nothing,
+    typed,
+    value_of,
+)
+from fastdpo.cli.train.values import Argument, as_yaml
 
-logger = logging.getLogger(__name__)
-
-OURS = {field.name for field in FIELDS}
 METHODS = ("lora", "full", "freeze", "oft")
 STAGES = ("dpo", "pt", "sft", "rm", "ppo", "kto")
 ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 LORA = {"use_rslora", "use_dora", "init_lora_weights"}  # and what begins with lora_
 
 
-def is_one(arguments: list[Argument]) -> bool:
+def _is_one(arguments: Arguments) -> bool:
     """Whether this is a LLaMA-Factory configuration: its stage or method, or two of its names and none of ours."""
-    names = {argument.name for argument in arguments}
-    theirs = names & (KEYS - OURS)
-    return bool(theirs & {"stage", "finetuning_type"}) or (len(theirs) > 1 and not names & {*RENAMED.values()})
+    theirs = arguments.keys() & (KEYS - OURS)
+    return bool(theirs & {"stage", "finetuning_type"}) or (
+        len(theirs) > 1 and not arguments.keys() & {*RENAMED.values()}
+    )
 
 
-def translate(arguments: list[Argument], source: str) -> list[Argument]:
-    """The arguments under our names. What changes nothing is said in one log line, and so are the defaults that hold.
-
-    Raises:
-        UsageError: one sentence: an unknown name, or what would change training and is not built.
-    """
-    theirs = {argument.name: argument for argument in arguments}  # the command line comes after the file
-    # null is LLaMA-Factory's way to leave an argument out
-    theirs = {name: argument for name, argument in theirs.items() if not _is_left_out(argument)}
-    unused: dict[str, str] = {}
-    ours: dict[str, Argument] = {}
-    for argument in theirs.values():
-        for renamed in _translated(argument, unused):
-            other = ours.get(renamed.name)
-            if other and bool(other.place) == bool(renamed.place):
-                raise UsageError(f"{renamed.where} and {other.given_as or other.name} are the same argument: give one")
-            if other is None or other.place:
-                ours[renamed.name] = renamed
+def _settle(theirs: Arguments, ours: Arguments, unused: dict[str, str]) -> None:
+    for name in ("kto_chosen_weight", "kto_rejected_weight"):
+        if name in theirs and value_of(theirs, "stage") != "kto":
+            unused[name] = "it belongs to stage kto"
+            del ours[RENAMED[name]]
+    length = theirs.get("max_length")
+    if length and length.place:
+        raise UsageError(f"{length.where} is a length of generation in LLaMA-Factory: write cutoff_len for training")
     _settle_data(theirs, ours)
     _settle_method(theirs, ours, unused)
     _add_bco(theirs, ours, unused)
-    defaults = {**DEFAULTS, **(LORA_DEFAULTS if "use_peft" in ours else {})}
-    silent = {name: value for name, value in defaults.items() if RENAMED.get(name, name) not in ours}
-    for name, value in silent.items():
-        ours[RENAMED.get(name, name)] = Argument(RENAMED.get(name, name), value, "", name)
-    said = ", ".join(f"{name} {value}" for name, value in silent.items())
-    logger.info(f"{source} is a LLaMA-Factory configuration{said and f'; its defaults hold for {said}'}.")
+
+
+def _defaults(ours: Arguments) -> dict[str, Any]:
+    return {**DEFAULTS, **(LORA_DEFAULTS if "use_peft" in ours else {})}
+
+
+def _remarks(ours: Arguments) -> list[str]:
     if "adapter_name_or_path" in ours and not {"use_peft", "ref_model", "ref_adapters"} & ours.keys():
-        logger.info("the reference is the adapter's start, where LLaMA-Factory takes the base model (ref_model).")
-    if unused:
-        logger.warning(f"no effect here: {', '.join(f'{name} ({why})' for name, why in unused.items())}.")
-    return list(ours.values())
+        return ["the reference is the adapter's start, where LLaMA-Factory takes the base model (ref_model)."]
+    return []
 
 
-def add_defaults(values: dict[str, Any]) -> None:
+def _add_defaults(values: dict[str, Any]) -> None:
     """LLaMA-Factory's defaults that follow from other values."""
     if values.get("use_peft"):
         values.setdefault("lora_alpha", 2 * values["lora_r"])
@@ -76,58 +69,25 @@ def add_defaults(values: dict[str, Any]) -> None:
         values.setdefault("use_bnb_nested_quant", True)
 
 
-def _is_left_out(argument: Argument) -> bool:
-    value = as_yaml(argument.value) if argument.name in KEYS and not argument.place else argument.value
-    return value is None
-
-
-def _translated(argument: Argument, unused: dict[str, str]) -> list[Argument]:
-    """One argument under our names: none where it has no effect."""
-    name = argument.name
-    if name in _TRANSLATE:
-        return [Argument(new, value, argument.place, name) for new, value in _TRANSLATE[name](argument).items()]
-    if name == "max_length" and argument.place:
-        raise UsageError(f"{argument.where} is a length of generation in LLaMA-Factory: write cutoff_len for training")
-    if name in RENAMED:
-        return [argument._replace(name=RENAMED[name], given_as=name)]
-    if name in OURS or name in OLD_NAMES:
-        return [argument]
-    asked = as_yaml(argument.value)
-    if name in REFUSED and asked:
-        raise UsageError(f"{argument.where} is not supported: {REFUSED[name]}")
-    if name in WHY_NOT and asked:
-        unused[name] = WHY_NOT[name]
-    if name in REFUSED or name in WHY_NOT:
-        return []
-    hint = did_you_mean(name, KEYS | OURS | OLD_NAMES.keys())
-    kind = f"{argument.place}: there is no key" if argument.place else "there is no argument"
-    raise UsageError(f"{kind} '{name}'" + (f": {hint}" if hint else ", neither LLaMA-Factory's nor fastdpo's"))
-
-
-def _typed(argument: Argument, kind: str, choices: tuple[str, ...] | None = None) -> Any:
-    return convert(argument.value, Field(argument.name, kind, None, choices, "", "", "", False), argument.where)
-
-
 def _names(argument: Argument) -> list[str]:
-    return _typed(argument, "list[str]")
+    return typed(argument, "list[str]")
 
 
 def _stage(argument: Argument) -> dict[str, Any]:
-    stage = _typed(argument, "str", STAGES)
-    if stage != "dpo":
-        other = "llamafactory-cli" if stage != "kto" else "pairs with `pref_loss: kto_pair`, or llamafactory-cli"
-        raise UsageError(f"{argument.where} is {stage}, and fastdpo trains dpo: set it to dpo, or use {other}")
-    return {}
+    stage = typed(argument, "str", STAGES)
+    if stage not in ("dpo", "kto"):
+        raise UsageError(f"{argument.where} is {stage}, and fastdpo trains dpo: set it to dpo, or use llamafactory-cli")
+    return {"loss_type": "kto"} if stage == "kto" else {}
 
 
 def _do_train(argument: Argument) -> dict[str, Any]:
-    if not _typed(argument, "bool"):
+    if not typed(argument, "bool"):
         raise UsageError(f"{argument.where} is false, and `fastdpo train` trains: set it to true")
     return {}
 
 
 def _finetuning_type(argument: Argument) -> dict[str, Any]:
-    if _typed(argument, "str", METHODS) == "oft":
+    if typed(argument, "str", METHODS) == "oft":
         raise UsageError(f"{argument.where} is oft, which is not supported: use lora, freeze or full")
     return {}
 
@@ -138,14 +98,14 @@ def _lora_target(argument: Argument) -> dict[str, Any]:
 
 
 def _dataset_dir(argument: Argument) -> dict[str, Any]:
-    folder = _typed(argument, "str")
+    folder = typed(argument, "str")
     if folder.startswith("REMOTE:"):
         raise UsageError(f"{argument.where} is {folder}: download that folder, and give its path")
     return {"dataset_dir": None if folder == "ONLINE" else folder}
 
 
 def _quantization_bit(argument: Argument) -> dict[str, Any]:
-    bits = _typed(argument, "int")
+    bits = typed(argument, "int")
     if bits not in (4, 8):
         raise UsageError(f"{argument.where} should be 4 or 8, got {bits}")
     return {f"load_in_{bits}bit": True}
@@ -157,14 +117,14 @@ def _ref_quantization_bit(argument: Argument) -> dict[str, Any]:
 
 
 def _quantization_method(argument: Argument) -> dict[str, Any]:
-    if _typed(argument, "str") not in ("bnb", "bitsandbytes"):
+    if typed(argument, "str") not in ("bnb", "bitsandbytes"):
         why = "bitsandbytes (bnb) is what models are quantized with"
         raise UsageError(f"{argument.where} is {argument.value}, and {why}")
     return {}
 
 
 def _mix_strategy(argument: Argument) -> dict[str, Any]:
-    if _typed(argument, "str") != "concat":
+    if typed(argument, "str") != "concat":
         why = "datasets are put together whole (concat)"
         raise UsageError(f"{argument.where} is {argument.value}: {why}; leave it out")
     return {}
@@ -177,7 +137,7 @@ def _adapter_folder(argument: Argument) -> dict[str, Any]:
 
 
 def _pissa_convert(argument: Argument) -> dict[str, Any]:
-    if _typed(argument, "bool"):
+    if typed(argument, "bool"):
         raise UsageError(f"{argument.where} is not supported: `fastdpo merge` reads the adapter as it is saved")
     return {}
 
@@ -187,55 +147,36 @@ def _freeze_modules(argument: Argument) -> dict[str, Any]:
     return {} if names == ["all"] else {argument.name: names}
 
 
-def _val_size(argument: Argument) -> dict[str, Any]:
-    size = _typed(argument, "float")
-    if size == 0:
-        return {}
-    return {"test_split_size": size if size < 1 else int(size)}
-
-
-def _flag(when_true: dict[str, Any]) -> Callable[[Argument], dict[str, Any]]:
-    return lambda argument: when_true if _typed(argument, "bool") else {}
-
-
-def _as_it_is(argument: Argument) -> dict[str, Any]:
-    return {argument.name: argument.value}
-
-
 _TRANSLATE: dict[str, Callable[[Argument], dict[str, Any]]] = {
     "adapter_folder": _adapter_folder,
-    "adapter_name_or_path": _as_it_is,
-    "create_new_adapter": _as_it_is,
+    "adapter_name_or_path": as_it_is,
+    "create_new_adapter": as_it_is,
     "dataset_dir": _dataset_dir,
-    "disable_gradient_checkpointing": _flag({"gradient_checkpointing": False}),
-    "disable_shuffling": _flag({"train_sampling_strategy": "sequential"}),
+    "disable_gradient_checkpointing": flag({"gradient_checkpointing": False}),
+    "disable_shuffling": flag({"train_sampling_strategy": "sequential"}),
     "do_train": _do_train,
     "finetuning_type": _finetuning_type,
-    "flash_attn": lambda argument: {"attn_implementation": ATTENTION[_typed(argument, "str", tuple(ATTENTION))]},
+    "flash_attn": lambda argument: {"attn_implementation": ATTENTION[typed(argument, "str", tuple(ATTENTION))]},
     "freeze_extra_modules": _freeze_modules,
-    "freeze_trainable_layers": _as_it_is,
+    "freeze_trainable_layers": as_it_is,
     "freeze_trainable_modules": _freeze_modules,
     "lora_target": _lora_target,
-    "mask_history": _flag({"scored_turns": "last"}),
+    "mask_history": flag({"scored_turns": "last"}),
     "mix_strategy": _mix_strategy,
     "pissa_convert": _pissa_convert,
-    "pissa_init": _flag({"init_lora_weights": "pissa"}),
-    "pref_bco_weight": lambda argument: {},  # _add_bco reads it
-    "pure_bf16": _flag({"dtype": "bfloat16"}),
+    "pissa_init": flag({"init_lora_weights": "pissa"}),
+    "pref_bco_weight": nothing,  # _add_bco reads it
+    "pure_bf16": flag({"dtype": "bfloat16"}),
     "quantization_bit": _quantization_bit,
     "quantization_method": _quantization_method,
     "ref_model_quantization_bit": _ref_quantization_bit,
     "stage": _stage,
-    "use_swanlab": lambda argument: {},  # _settle_data reads it
-    "val_size": _val_size,
+    "use_swanlab": nothing,  # _settle_data reads it
+    "val_size": held_out,
 }
 
 
-# every name that is read in a LLaMA-Factory configuration only, or otherwise there
-KEYS = RENAMED.keys() | REFUSED.keys() | WHY_NOT.keys() | _TRANSLATE.keys()
-
-
-def _settle_data(theirs: dict[str, Argument], ours: dict[str, Argument]) -> None:
+def _settle_data(theirs: Arguments, ours: Arguments) -> None:
     """Which pairs are evaluated on, where datasets are named, and what is reported to."""
     for name in ("dataset_name", "eval_dataset_name"):
         if name in ours and isinstance(ours[name].value, list):  # a YAML list of names
@@ -249,14 +190,14 @@ def _settle_data(theirs: dict[str, Argument], ours: dict[str, Argument]) -> None
     if "dataset" in theirs and "dataset_dir" not in theirs and not files:
         ours["dataset_dir"] = Argument("dataset_dir", "data", theirs["dataset"].place)
     swanlab = theirs.get("use_swanlab")
-    if swanlab and _typed(swanlab, "bool"):
+    if swanlab and typed(swanlab, "bool"):
         trackers = ours["report_to"].value if "report_to" in ours else []
         trackers = [trackers] if isinstance(trackers, str) else trackers
         names = [name for name in trackers if name != "none"]
         ours["report_to"] = Argument("report_to", [*names, "swanlab"], swanlab.place, "use_swanlab")
 
 
-def _settle_method(theirs: dict[str, Argument], ours: dict[str, Argument], unused: dict[str, str]) -> None:
+def _settle_method(theirs: Arguments, ours: Arguments, unused: dict[str, str]) -> None:
     """What `finetuning_type` says: which arguments hold."""
     argument = theirs.get("finetuning_type", Argument("finetuning_type", "lora"))
     method = argument.value
@@ -278,10 +219,10 @@ def _settle_method(theirs: dict[str, Argument], ours: dict[str, Argument], unuse
         ours["freeze_trainable_layers"] = Argument("freeze_trainable_layers", 2, argument.place, "finetuning_type")
 
 
-def _add_bco(theirs: dict[str, Argument], ours: dict[str, Argument], unused: dict[str, str]) -> None:
+def _add_bco(theirs: Arguments, ours: Arguments, unused: dict[str, str]) -> None:
     """`pref_bco_weight` w: (loss + w bco_pair) / (1 + w)."""
     argument = theirs.get("pref_bco_weight")
-    weight = _typed(argument, "float") if argument else 0.0
+    weight = typed(argument, "float") if argument else 0.0
     if argument is None or not weight:
         return
     if weight < 0:
@@ -294,3 +235,19 @@ def _add_bco(theirs: dict[str, Argument], ours: dict[str, Argument], unused: dic
     ours["loss_type"] = Argument("loss_type", [*losses, "bco_pair"], argument.place, "pref_loss")
     shares = [*[1 / (1 + weight)] * len(losses), weight / (1 + weight)]
     ours["loss_weights"] = Argument("loss_weights", shares, argument.place, "pref_bco_weight")
+
+
+LLAMA_FACTORY = Tool(
+    name="LLaMA-Factory",
+    mark="stage: dpo",
+    is_one=_is_one,
+    renamed=RENAMED,
+    refused=REFUSED,
+    no_effect=NO_EFFECT,
+    by_code=_TRANSLATE,
+    settle=_settle,
+    defaults=_defaults,
+    add_defaults=_add_defaults,
+    remarks=_remarks,
+)
+KEYS = LLAMA_FACTORY.keys

@@ -12,6 +12,8 @@ RENAMED = {
     "dpo_label_smoothing": "label_smoothing",
     "enable_liger_kernel": "use_liger_kernel",
     "eval_dataset": "eval_dataset_name",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
     "lora_rank": "lora_r",
     "moe_aux_loss_coef": "router_aux_loss_coef",
     "pref_beta": "beta",
@@ -79,7 +81,6 @@ NO_EFFECT = {
     "num_beams offload_folder predict_with_generate repetition_penalty sglang_config sglang_lora_backend "
     "sglang_maxlen sglang_mem_fraction sglang_tp_size skip_special_tokens temperature top_k top_p use_kv_cache "
     "vllm_config vllm_enforce_eager vllm_gpu_util vllm_max_lora_rank vllm_maxlen",
-    "it belongs to stage kto": "kto_chosen_weight kto_rejected_weight",
     "it belongs to stage ppo": "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model "
     "reward_model_adapters reward_model_quantization_bit reward_model_type",
     "it belongs to stage sft": "asft_alpha compute_accuracy eaft_alpha ignore_pad_token_for_loss sortish_sampler "
@@ -105,4 +106,3 @@ NO_EFFECT = {
     "use_v1_kernels",
     "it is only printed": "include_effective_tokens_per_second print_param_status",
 }
-WHY_NOT = {name: why for why, names in NO_EFFECT.items() for name in names.split()}
