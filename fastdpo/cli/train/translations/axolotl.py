@@ -211,12 +211,11 @@ def _settle_schedule(theirs: Arguments, ours: Arguments) -> None:
     for ending, name in (("save", "saves_per_epoch"), ("eval", "evals_per_epoch")):
         times = float(value_of(theirs, name, 0))
         if times and f"{ending}_steps" not in ours:
-            ours[f"{ending}_steps"] = Argument(f"{ending}_steps", 1 / (times * epochs), theirs[name].place, name)
+            share = min(1 / (times * epochs), 0.999)  # 1 would be each step
+            ours[f"{ending}_steps"] = Argument(f"{ending}_steps", share, theirs[name].place, name)
         if f"{ending}_strategy" not in ours:
             strategy = "steps" if f"{ending}_steps" in ours else "epoch"
             ours[f"{ending}_strategy"] = Argument(f"{ending}_strategy", strategy)
-        if f"{ending}_steps" in ours and float(ours[f"{ending}_steps"].value) >= 1 and times:
-            ours[f"{ending}_steps"] = ours[f"{ending}_steps"]._replace(value=0.999)
     if not has_pairs or ("evals_per_epoch" in theirs and not float(value_of(theirs, "evals_per_epoch"))):
         ours["eval_strategy"] = Argument("eval_strategy", "no")
         ours.pop("eval_steps", None)

@@ -24,7 +24,7 @@ DEFAULTS = {
     "truncation_strategy": "delete",
     "weight_decay": 0.1,
 }
-LORA_DEFAULTS = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+LORA_DEFAULTS = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": "all-linear"}
 LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
 
 # what changes training and is not built, with what to do instead; refused where it is set

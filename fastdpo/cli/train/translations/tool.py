@@ -55,7 +55,7 @@ class Tool:
     @property
     def label(self) -> str:
         """Its name with an article."""
-        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+        return f"{'an' if self.name[:2] in ('ax', 'al', 'ms', 'un') else 'a'} {self.name}"
 
 
 def translate(tool: Tool, arguments: list[Argument], source: str) -> list[Argument]:
@@ -149,7 +149,7 @@ def only(*values: Any, fix: str) -> Callable[[Argument], dict[str, Any]]:
     """An argument with these values alone, which are what is done here; raises UsageError with `fix` for others."""
 
     def check(argument: Argument) -> dict[str, Any]:
-        if as_yaml(argument.value) not in values:
+        if argument.value not in values and as_yaml(argument.value) not in values:
             raise UsageError(f"{argument.where} is {argument.value}, which is not supported: {fix}")
         return {}
 
