@@ -68,7 +68,8 @@ _NOT_BUILT = {
     "relora_prune_method relora_prune_ratio reward_model sage_attention scaling_softmax "
     "scaling_softmax_bias scaling_softmax_factor spectrum_model_name spectrum_top_fraction "
     "torchdistx_path use_eaft use_pose",
-    "set it in the model's config.json": "model_config overrides_of_model_config overrides_of_model_kwargs rope_scaling",
+    "set it in the model's config.json": "model_config overrides_of_model_config "
+    "overrides_of_model_kwargs rope_scaling",
     "write it into the rows (`chat_template_kwargs`)": "chat_template_kwargs",
     "max_length is that of evaluation too": "eval_sequence_len",
     "give load_in_4bit, or a model that is quantized": "gptq gptq_model_v1 gptq_groupsize model_quantization_config "
@@ -89,7 +90,8 @@ ONE_IS_NONE = ("context_parallel_size", "sequence_parallel_degree", "tensor_para
 
 # what has no effect on the weights that come out, by the reason that the log line gives
 NO_EFFECT = {
-    "nothing is cached": "total_num_tokens total_supervised_tokens dataset_prepared_path dataset_keep_in_memory is_preprocess num_dataset_shards_to_save "
+    "nothing is cached": "total_num_tokens total_supervised_tokens dataset_prepared_path "
+    "dataset_keep_in_memory is_preprocess num_dataset_shards_to_save "
     "preprocess_iterable push_dataset_to_hub skip_prepare_dataset",
     "pairs are always shuffled": "shuffle_merged_datasets shuffle_before_merging_datasets",
     "batch_layout packs where that is exact": "batch_flattening eval_sample_packing flash_attn_cross_entropy "
@@ -128,7 +130,8 @@ NO_EFFECT = {
     "swanlab_log_completions generate_samples generation_do_sample generation_max_new_tokens "
     "generation_prompt_ratio generation_temperature generation_top_k generation_top_p num_generation_samples "
     "eval_table_size eval_max_new_tokens",
-    "it is for inference": "gradio_max_new_tokens gradio_server_name gradio_server_port gradio_share gradio_temperature gradio_title",
+    "it is for inference": "gradio_max_new_tokens gradio_server_name gradio_server_port "
+    "gradio_share gradio_temperature gradio_title",
     "nothing is profiled": "include_tkps include_tokens_per_second profiler_steps profiler_steps_start "
     "otel_metrics_host otel_metrics_port use_otel_metrics",
     "Ray is not used": "ray_run_name ray_num_workers resources_per_worker use_ray",

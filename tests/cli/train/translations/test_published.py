@@ -1,6 +1,5 @@
 """Configurations of other tools, as published, train a tiny model from the first key to the saved weights."""
 
-import importlib.util
 import json
 import shlex
 from collections.abc import Callable
@@ -8,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-SPEC = importlib.util.spec_from_file_location("published", Path(__file__).with_name("published.py"))
-assert SPEC is not None and SPEC.loader is not None
-published = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(published)
+from published_configs import PUBLISHED, RESULTS
 
 WORDS = {
     "axolotl": "an axolotl",
@@ -22,11 +17,11 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", published.PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_trains(
     run: Callable[..., tuple[int, str, str]], write: Callable[..., str], model_dir: str, tmp_path: Path, name: str
 ):
-    text, rows = published.PUBLISHED[name]
+    text, rows = PUBLISHED[name]
     out = tmp_path / "out"
     paths = {"MODEL": model_dir, "DATA": write("pairs.jsonl", *rows), "OUT": str(out)}
     for word, path in paths.items():
@@ -39,7 +34,7 @@ def test_a_published_configuration_trains(
     code, stdout, stderr = run(*words, "--use_cpu")
     assert code == 0, stderr
     assert f"is {WORDS[name.split()[0]]} configuration" in stderr
-    step, pairs, loss = published.RESULTS[name]
+    step, pairs, loss = RESULTS[name]
     assert f"trained to step {step} on {pairs} pairs" in stdout
     assert loss is None or f": loss {loss}" in stdout
     lora = any(word in text for word in ("lora_r", "lora_rank", "--r 4", "\nr: 4"))
