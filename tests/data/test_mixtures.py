@@ -11,7 +11,7 @@ from fastdpo.cli.train.parsing import UsageError, parse
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.data.errors import DataError
 from fastdpo.data.formats import load_preferences
-from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of, parse_mixture, split_off
+from fastdpo.data.mixtures import DatasetSpec, load_mixture, names_of, parse_mixture, split_off, stream_mixture
 from fastdpo.data.rows.messages import for_template
 
 
@@ -102,6 +102,25 @@ def test_samples_of_each_dataset(folder):
     assert load(*both, data_scale_rate=0.5, max_samples=1, seed=1) == [drawn[0], drawn[5]]
 
 
+def test_a_rate_is_a_share_of_one_datasets_rows(folder):
+    drawn = load({"path": "a.jsonl", "rate": 0.5}, {"path": "b.jsonl"}, seed=1)
+    assert [name[1] for name in drawn] == ["a"] * 5 + ["b"] * 4
+    assert drawn[:5] == load({"path": "a.jsonl"}, data_scale_rate=0.5, seed=1)
+    assert load({"path": "a.jsonl", "rate": 0.5}, data_scale_rate=0.5, seed=1) == drawn[:2]
+    with pytest.raises(DataError, match=r"b\.jsonl: rate 0\.2 of 4 rows is none"):
+        load({"path": "b.jsonl", "rate": 0.2})
+    with pytest.raises(DataError, match=r"b\.jsonl: rate needs all of the rows, and a stream has none yet"):
+        stream_mixture(parse_mixture([{"path": "b.jsonl", "rate": 0.5}]))
+
+
+def test_a_column_may_have_one_of_several_names(folder):
+    write(folder / "two.jsonl", [{"prompt": "q1", "yes": "a", "no": "b"}, {"prompt": "q2", "good": "a", "no": "b"}])
+    columns = {"chosen": ["yes", "good"], "rejected": "no"}
+    assert load({"path": "two.jsonl", "columns": columns}) == ["q1", "q2"]
+    with pytest.raises(DataError, match=r"has no column `fine` or `nice`, which columns names; found `prompt`"):
+        load({"path": "two.jsonl", "columns": {**columns, "chosen": ["fine", "nice"]}})
+
+
 def test_datasets_whose_messages_have_other_keys(folder):
     row = json.loads((folder / "chat.jsonl").read_text())
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -159,6 +178,8 @@ def test_one_argument_may_name_several(folder):
         ([{"path": "json", "data_files": 3}], "datasets[0]: data_files is 3; wanted a file"),
         ([{"path": "a.jsonl", "columns": "prompt"}], "datasets[0]: columns is 'prompt'; wanted a list of names"),
         ([{"path": "a.jsonl", "fraction": 0}], "datasets[0]: fraction is 0; wanted a number above 0."),
+        ([{"path": "a.jsonl", "rate": 1.5}], "datasets[0]: rate is 1.5; wanted a share in (0, 1]."),
+        ([{"path": "a.jsonl", "columns": {"prompt": [3]}}], "datasets[0]: columns is {'prompt': [3]}; wanted a list"),
         ([{"path": "a.jsonl", "fraction": 1}, {"path": "b.jsonl"}], "b.jsonl has no fraction, and other datasets have"),
         (
             [{"path": "a.jsonl", "fraction": 99}, {"path": "b.jsonl", "fraction": 1}][::-1],

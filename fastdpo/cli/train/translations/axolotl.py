@@ -40,24 +40,24 @@ def _is_one(arguments: Arguments) -> bool:
 
 
 def _rl(argument: Argument) -> dict[str, Any]:
-    method = argument.value
+    method = typed(argument, "str")
     if method not in LOSSES:
         raise UsageError(f"{argument.where} is {method}, and fastdpo trains {', '.join(LOSSES)}")
     return {"loss_type": LOSSES[method]} if LOSSES[method] else {}
 
 
 def _adapter(argument: Argument) -> dict[str, Any]:
-    kind = as_yaml(argument.value)
+    kind = typed(argument, "str")
     if kind not in ("lora", "qlora"):
         raise UsageError(f"{argument.where} is {kind}, which is not supported: use lora or qlora, or leave it out")
     return {"use_peft": True, **({"load_in_4bit": True} if kind == "qlora" else {})}
 
 
 def _chat_template(argument: Argument) -> dict[str, Any]:
-    if argument.value == "chatml":
+    template = typed(argument, "str")
+    if template == "chatml":
         return {"chat_template": CHATML}
-    is_text = any(sign in str(argument.value) for sign in "{./")
-    return {"chat_template": argument.value} if is_text else {}
+    return {"chat_template": template} if any(sign in template for sign in "{./") else {}
 
 
 def _bnb_config(argument: Argument) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _optim_args(argument: Argument) -> dict[str, Any]:
 
 
 def _fsdp(argument: Argument) -> dict[str, Any]:
-    return {"fsdp": " ".join(argument.value) if isinstance(argument.value, list) else argument.value}
+    return {"fsdp": " ".join(typed(argument, "list[str]")) if isinstance(argument.value, list) else argument.value}
 
 
 BY_CODE: dict[str, Callable[[Argument], dict[str, Any]]] = {
@@ -107,7 +107,7 @@ BY_CODE: dict[str, Callable[[Argument], dict[str, Any]]] = {
     "bfloat16": flag({"dtype": "bfloat16"}),
     "bnb_config_kwargs": _bnb_config,
     "chat_template": _chat_template,
-    "chat_template_jinja": lambda argument: {"chat_template": argument.value},
+    "chat_template_jinja": lambda argument: {"chat_template": typed(argument, "str")},
     "cosine_min_lr_ratio": nothing,
     "datasets": nothing,
     "eager_attention": flag({"attn_implementation": "eager"}),
@@ -149,8 +149,9 @@ def _settle(theirs: Arguments, ours: Arguments, unused: dict[str, str]) -> None:
     template = theirs.get("chat_template")
     if template and "chat_template" not in ours and not str(template.value).startswith("tokenizer_default"):
         unused["chat_template"] = "the tokenizer's own template is used"
-    others = [name for name in value_of(theirs, "special_tokens", {}) if name != "pad_token"]
-    if any(theirs["special_tokens"].value[name] for name in others):
+    tokens = typed(theirs["special_tokens"], "dict") if "special_tokens" in theirs else {}
+    others = [name for name, token in tokens.items() if name != "pad_token" and token]
+    if others:
         unused["special_tokens"] = f"{', '.join(others)}: the tokenizer's own are kept"
     trackers = [
         name
@@ -162,7 +163,7 @@ def _settle(theirs: Arguments, ours: Arguments, unused: dict[str, str]) -> None:
 
 
 def _settle_data(theirs: Arguments, ours: Arguments) -> None:
-    method, configured = value_of(theirs, "rl"), ours.get("chat_template")
+    method, configured = theirs["rl"].value, ours.get("chat_template")
     named = theirs.get("datasets")
     if named and not ("dataset_name" in ours and not ours["dataset_name"].place):  # the command line goes first
         entries = typed(named, "list[dict]")
@@ -206,22 +207,25 @@ def _settle_adapter(theirs: Arguments, ours: Arguments, unused: dict[str, str]) 
 
 def _settle_schedule(theirs: Arguments, ours: Arguments) -> None:
     """How often is evaluated and saved, as a share of all steps; without pairs to evaluate on, never."""
-    epochs = float(value_of(ours, "num_train_epochs", DEFAULTS["num_epochs"]))
+    epochs = typed(ours["num_train_epochs"], "float") if "num_train_epochs" in ours else DEFAULTS["num_epochs"]
     has_pairs = {"test_split_size", "eval_dataset_name"} & ours.keys()
     for ending, name in (("save", "saves_per_epoch"), ("eval", "evals_per_epoch")):
-        times = float(value_of(theirs, name, 0))
+        times = typed(theirs[name], "float") if name in theirs else 0
+        if times < 0:
+            raise UsageError(f"{theirs[name].where} should be 0 or more, got {times:g}")
         if times and f"{ending}_steps" not in ours:
             share = min(1 / (times * epochs), 0.999)  # 1 would be each step
             ours[f"{ending}_steps"] = Argument(f"{ending}_steps", share, theirs[name].place, name)
         if f"{ending}_strategy" not in ours:
             strategy = "steps" if f"{ending}_steps" in ours else "epoch"
             ours[f"{ending}_strategy"] = Argument(f"{ending}_strategy", strategy)
-    if not has_pairs or ("evals_per_epoch" in theirs and not float(value_of(theirs, "evals_per_epoch"))):
+    never = "evals_per_epoch" in theirs and not typed(theirs["evals_per_epoch"], "float")
+    if not has_pairs or never:
         ours["eval_strategy"] = Argument("eval_strategy", "no")
         ours.pop("eval_steps", None)
     if "cosine_min_lr_ratio" in theirs:
         ratio = theirs["cosine_min_lr_ratio"]
-        for name, value in (("type", "cosine_with_min_lr"), ("kwargs", {"min_lr_rate": float(ratio.value)})):
+        for name, value in (("type", "cosine_with_min_lr"), ("kwargs", {"min_lr_rate": typed(ratio, "float")})):
             ours[f"lr_scheduler_{name}"] = Argument(f"lr_scheduler_{name}", value, ratio.place, ratio.name)
 
 

@@ -33,6 +33,7 @@ def read_dataset(entry: Any, where: str, method: str) -> tuple[dict[str, Any], s
     if not isinstance(entry, Mapping):
         raise UsageError(f"{where} is {type(entry).__name__}; wanted keys path, type and split")
     options = {key: value for key, value in entry.items() if value is not None}
+    _check_kinds(options, where)
     spec = {key: options[key] for key in _SAME if key in options}
     if isinstance(options.get("type"), Mapping):
         columns, template = _user_defined(options["type"], where, method), None
@@ -45,6 +46,23 @@ def read_dataset(entry: Any, where: str, method: str) -> tuple[dict[str, Any], s
     # a name that a row has anyway needs no word
     columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     return {**spec, **({"columns": columns} if columns else {})}, template
+
+
+def _check_kinds(options: Mapping[str, Any], where: str) -> None:
+    """Texts where names stand; raises UsageError."""
+    names = {key: options.get(key) for key in _FIELDS}
+    for key in ("message_property_mappings", "roles"):
+        if not isinstance(options.get(key, {}), Mapping):
+            raise UsageError(f"{where}: {key} is {options[key]!r}; wanted a mapping")
+    if isinstance(options.get("type"), Mapping):
+        names |= options["type"]
+    names |= options.get("message_property_mappings", {})
+    wrong = next((key for key, name in names.items() if not isinstance(name, str | None)), None)
+    if wrong is not None:
+        raise UsageError(f"{where}: {wrong} is {names[wrong]!r}; wanted text")
+    for role, others in options.get("roles", {}).items():
+        if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+            raise UsageError(f"{where}: roles gives {role} {others!r}; wanted a list of names")
 
 
 def _typed(options: Mapping[str, Any], where: str, method: str) -> tuple[dict[str, Any], str | None]:

@@ -81,7 +81,8 @@ def _settle_mixer(theirs: Arguments, ours: Arguments) -> None:
     mixer = typed(argument, "dict")
     splits = value_of(theirs, "dataset_splits", ["train", "test"])
     configs = value_of(theirs, "dataset_configs", [None] * len(mixer))
-    if not isinstance(splits, list) or not isinstance(configs, list) or len(configs) != len(mixer):
+    texts = isinstance(splits, list) and all(isinstance(split, str) for split in splits)
+    if not texts or not isinstance(configs, list) or len(configs) != len(mixer):
         raise UsageError(f"{argument.where}: dataset_splits and dataset_configs should be lists, one config for each")
     tests = [split for split in splits if "test" in split]
     specs = [

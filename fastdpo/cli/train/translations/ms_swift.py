@@ -47,7 +47,7 @@ def _is_one(arguments: Arguments) -> bool:
 
 
 def _rlhf_type(argument: Argument) -> dict[str, Any]:
-    method = argument.value
+    method = typed(argument, "str")
     if method not in LOSSES:
         raise UsageError(f"{argument.where} is {method}, and fastdpo trains {', '.join(LOSSES)}")
     return {"loss_type": LOSSES[method]} if LOSSES[method] else {}
@@ -66,6 +66,11 @@ def _words(value: Any) -> list[str]:
 def _target_modules(argument: Argument) -> dict[str, Any]:
     names = _words(argument.value)
     return {"lora_target_modules": "all-linear" if names == ["all-linear"] else names}
+
+
+def _attention(argument: Argument) -> dict[str, Any]:
+    name = typed(argument, "str")
+    return {"attn_implementation": ATTENTION.get(name, name)}
 
 
 def _quant_bits(argument: Argument) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def _loss_scale(argument: Argument) -> dict[str, Any]:
 
 
 BY_CODE: dict[str, Callable[[Argument], dict[str, Any]]] = {
-    "attn_impl": lambda argument: {"attn_implementation": ATTENTION.get(argument.value, argument.value)},
+    "attn_impl": _attention,
     "columns": nothing,
     "dataset": nothing,
     "deepspeed": _deepspeed,
@@ -191,10 +196,10 @@ def _defaults(ours: Arguments) -> dict[str, Any]:
     if "truncation_mode" in ours:
         del defaults["on_overlong"]
     defaults |= {"learning_rate": LEARNING_RATE["lora" if lora else "full"]}
-    batch = int(value_of(ours, "per_device_train_batch_size", 1))
+    batch = typed(ours["per_device_train_batch_size"], "int") if "per_device_train_batch_size" in ours else 1
     # 16 pairs in all, over the processes of the launcher
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    defaults["gradient_accumulation_steps"] = max(1, ceil(16 / batch / processes))
+    defaults["gradient_accumulation_steps"] = max(1, ceil(16 / max(batch, 1) / processes))
     if loss == "simpo":
         defaults |= {"beta": 2.0, "simpo_gamma": 1.0}
     if loss == "orpo":

@@ -65,16 +65,27 @@ NO_EFFECT = {
     "it changes speed and memory only": "attn_backend bnb_4bit_compute_dtype check_model ds3_gather_for_generation "
     "enable_npu_model_patch experts_impl use_flash_ckpt use_logits_to_keep lora_dtype",
     "it belongs to another method": "center_rewards_coefficient cliprange cliprange_value gamma gkd_logits_topk "
-    "kl_coef lam lmbda max_new_tokens mrl_dims num_generations offload_teacher_model reward_adapters reward_funcs "
+    "kl_coef lam lmbda local_rollout_forward_batch_size log_completions max_new_tokens missing_eos_penalty "
+    "num_iterations num_mini_batches num_ppo_epochs num_sample_generations response_length reward_model_revision "
+    "reward_model_type reward_template teacher_adapters teacher_deepspeed teacher_model_revision teacher_model_server "
+    "teacher_model_type mrl_dims num_generations offload_teacher_model reward_adapters reward_funcs "
     "reward_model reward_weights seq_kd sft_alpha teacher_model temperature use_vllm vf_coef whiten_rewards",
-    "it belongs to a tuner that is not used": "adalora_init_r adalora_target_r adapter_act adapter_length "
+    "it belongs to a tuner that is not used": "adalora_beta1 adalora_beta2 adalora_orth_reg_weight adalora_tfinal "
+    "adalora_tinit boft_block_num boft_n_butterfly_factor fourier_scaling galore_cos_threshold galore_gamma_proj "
+    "galore_optim_per_parameter galore_proj_bits galore_proj_group_size galore_proj_quant galore_proj_type "
+    "galore_quantization galore_queue_size galore_scale galore_target_modules galore_update_proj_gap "
+    "galore_with_embedding llamapro_num_groups lora_ga_direction lora_ga_iters lora_ga_max_length lora_ga_scale "
+    "lora_ga_stable_gamma reft_args reft_intervention_type reft_layer_key reft_layers vera_d_initial vera_dropout "
+    "vera_projection_prng_key adalora_init_r adalora_target_r adapter_act adapter_length "
     "boft_block_size boft_dropout galore_rank llamapro_num_new_blocks lora_ga_batch_size reft_rank vera_rank "
     "lisa_step_interval fourier_n_frequency",
     "bad rows stop the run (skip_bad_rows)": "strict",
     "columns are found by their names": "disable_auto_column_mapping",
     "output_dir is taken as it is": "add_version create_checkpoint_symlink logging_dir",
     "checkpoints are of safetensors, and complete": "max_shard_size safe_serialization resume_only_model",
-    "the tracker reads its environment variables": "swanlab_exp_name swanlab_mode swanlab_project swanlab_token "
+    "the tracker reads its environment variables": "swanlab_email_language swanlab_notification_method "
+    "swanlab_receiver_email swanlab_secret swanlab_sender_email swanlab_smtp_port swanlab_smtp_server "
+    "swanlab_webhook_url swanlab_exp_name swanlab_mode swanlab_project swanlab_token "
     "swanlab_workspace",
     "unknown names are refused always": "ignore_args_error",
     "losses are a mean over pairs": "acc_strategy",

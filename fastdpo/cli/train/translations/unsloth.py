@@ -16,11 +16,15 @@ RENAMED = {
     "revision": "model_revision",
 }
 REFUSED = {
+    "ensure_weight_tying": "leave it out",
+    "finetune_last_n_layers": "give freeze_trainable_layers, without an adapter",
     "layer_replication": "leave it out",
     "layers_pattern": "leave it out",
     "layers_to_transform": "leave it out",
     "load_in_fp8": "give load_in_4bit or load_in_8bit",
     "loftq_config": "leave it out",
+    "quantization_config": "give load_in_4bit or load_in_8bit",
+    "user_config": "leave it out",
     "qat_scheme": "leave it out",
     "resize_model_vocab": "resize the model's embeddings first, and save it",
     "rope_scaling": "set it in the model's config.json",
@@ -32,11 +36,12 @@ NO_EFFECT = {
     "`seed` draws the adapter": "random_state",
     "it changes speed and memory only": "device_map disable_log_stats fast_inference float8_kv_cache "
     "gpu_memory_utilization offload_embedding temporary_location unsloth_tiled_mlp use_exact_model_name fix_tokenizer "
-    "max_lora_rank",
+    "float32_mixed_precision fullgraph max_lora_rank return_logits unsloth_force_compile",
     "the environment variable HF_TOKEN is read": "token",
     "the adapter is saved; `fastdpo merge` makes one model": "save_model save_method save_path save_gguf push_model "
     "push_gguf quantization",
-    "text models only": "finetune_vision_layers",
+    "text models only": "auto_model finetune_audio_layers finetune_vision_layers text_only "
+    "whisper_language whisper_task",
     "it cuts texts of another method": "chunk_size stride",
 }
 DEFAULTS = {"load_in_4bit": True}

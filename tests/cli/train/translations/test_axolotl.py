@@ -32,7 +32,7 @@ def values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def read(text: str, *arguments: str) -> dict[str, Any]:
         path = tmp_path / "dpo.yaml"
-        path.write_text(f"base_model: m\n{'' if 'rl:' in text else 'rl: dpo'}\n{text}\n")
+        path.write_text(f"base_model: m\n{'' if text.startswith('rl:') else 'rl: dpo'}\n{text}\n")
         return parse([str(path), *arguments]).values
 
     return read
@@ -95,7 +95,7 @@ def values(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         ("val_set_size: 10", {"test_split_size": 10.0, "eval_strategy": "epoch"}),
         ("saves_per_epoch: 1", {"save_strategy": "steps", "save_steps": 0.999}),
         ("save_steps: 50", {"save_strategy": "steps", "save_steps": 50.0}),
-        ("use_wandb: true\nwandb_name: a\nwandb_project: p", {"report_to": ["wandb"], "run_name": "a"}),
+        ("use_wandb: true\nwandb_name: a\nwandb_project: p", {"report_to": "wandb", "run_name": "a"}),
         ("special_tokens:\n  pad_token: <pad>\n  eos_token: <eos>", {"pad_token": "<pad>"}),
         ("chat_template: chatml", {"chat_template": CHATML}),
         ("chat_template: tokenizer_default", {}),
