@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fastdpo.cli import main
 from fastdpo.cli.train import checks
 from fastdpo.cli.train.command import DEFAULTS, build_peft_config
-from fastdpo.cli.train.parsing import BY_NAME, UNLISTED_NAMES, UsageError, parse
+from fastdpo.cli.train.parsing import UsageError, parse
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.models.load import load_policy
 from fastdpo.training.report import metric_files
@@ -94,11 +94,11 @@ def test_old_names_are_flags_and_keys(
         assert parse(argv).values == values
     assert len(caplog.messages) == (0 if "none" in argv else 1)
     path = tmp_path / "run.yaml"
-    words = [word.removeprefix("--").replace("-", "_") for word in " ".join(argv).replace("=", " ").split()]
-    pairs = []
-    for word in words:
-        if word in BY_NAME or word in UNLISTED_NAMES:
-            pairs.append([word, "true"])
+    pairs: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or "=" in word:
+            name, _, value = word.removeprefix("--").partition("=")
+            pairs.append([name.replace("-", "_"), value or "true"])
         else:
             pairs[-1][1] = word
     path.write_text("".join(f"{name}: {value}\n" for name, value in pairs))
