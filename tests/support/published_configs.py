@@ -79,6 +79,13 @@ def instruct(question: str, better: str, worse: str) -> dict[str, Any]:
     return {"prompt": question, "chosen": f" {better}", "rejected": f" {worse}"}
 
 
+def _unpaired() -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"What is {i} plus {i}?", "completion": f"It is {i + i % 2 * i}.", "label": i % 2 == 1}
+        for i in range(COUNT)
+    ]
+
+
 # a name -> the configuration (a YAML file, or words of a command line) and its rows
 PUBLISHED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "axolotl dpo lora": (
@@ -147,6 +154,27 @@ lora_target_modules: [gate_proj, down_proj, up_proj, q_proj, v_proj, k_proj, o_p
         + AXOLOTL_LORA
         + AXOLOTL_REST,
         _rows(ultrafeedback),
+    ),
+    "axolotl kto": (
+        """
+base_model: MODEL
+rl: kto
+rl_beta: 0.5
+kto_desirable_weight: 0.2
+datasets:
+  - path: DATA
+    type: chatml.ultra
+    split: train
+val_set_size: 0.0
+remove_unused_columns: false
+eval_sample_packing: false
+pad_to_sequence_len: false
+gradient_checkpointing_kwargs:
+  use_reentrant: false
+"""
+        + AXOLOTL_LORA
+        + AXOLOTL_REST,
+        _unpaired(),
     ),
     "handbook mixture": (
         """
@@ -362,6 +390,7 @@ RESULTS = {
     "axolotl dpo lora": (2, 6, "0.6931"),
     "axolotl ipo intel": (2, 8, "25.0000"),
     "axolotl orpo": (2, 6, None),
+    "axolotl kto": (2, 8, None),
     "handbook mixture": (2, 8, "0.6931"),
     "handbook mixer": (2, 8, "0.6931"),
     "handbook apo": (1, 4, "1.0000"),

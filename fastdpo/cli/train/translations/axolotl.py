@@ -67,7 +67,7 @@ def _bnb_config(argument: Argument) -> dict[str, Any]:
     unknown = next((key for key in options if key not in known), None)
     if unknown is not None:
         raise UsageError(f"{argument.where}: {unknown} is not supported: use {', '.join(known)}")
-    return {ours.get(key, key): value for key, value in options.items()}
+    return {ours.get(str(key), str(key)): value for key, value in options.items()}
 
 
 def _trl(argument: Argument) -> dict[str, Any]:
