@@ -13,9 +13,7 @@ sequence_len: 256
 sample_packing: false
 wandb_project:
 wandb_entity:
-wandb_watch:
 wandb_name:
-wandb_log_model:
 gradient_accumulation_steps: 1
 micro_batch_size: 2
 num_epochs: 1
@@ -96,7 +94,6 @@ tokenizer_type: AutoTokenizer
 special_tokens:
   pad_token: <|im_end|>
   eos_token: <|im_end|>
-load_in_8bit: false
 load_in_4bit: false
 chat_template: llama3
 rl: dpo
@@ -133,7 +130,6 @@ datasets:
 val_set_size: 0.0
 shuffle_merged_datasets: true
 loss_watchdog_threshold: 15.0
-loss_watchdog_patience: 3
 """
         + AXOLOTL_REST,
         _rows(orca),
