@@ -23,9 +23,9 @@ def example_pair(tokenizer: Any, collator: Any, example: dict[str, Any], limit: 
         first = int(places[0]) if len(places) else len(ids)
         if sequence == 0:
             prompt = _shorten(tokenizer.decode(ids[:first]), limit)
-            lines.append(f"  prompt    {count(len(ids[:first]), 'token')}: {prompt}")
+            lines.append(f"  prompt      {count(len(ids[:first]), 'token')}: {prompt}")
         side = side if "label" not in batch else ("undesirable", "desirable")[int(batch["label"][0])]
-        lines.append(f"  {side:<9} {count(len(scored), 'token')} scored: {_marked(tokenizer, ids, places, limit)}")
+        lines.append(f"  {side:<11} {count(len(scored), 'token')} scored: {_marked(tokenizer, ids, places, limit)}")
     return "\n".join(lines)
 
 

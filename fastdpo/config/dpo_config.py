@@ -287,6 +287,11 @@ class DPOConfig(TrainingArguments):
         return not UNPAIRED_LOSSES.keys().isdisjoint(self.loss_type)
 
     @property
+    def rows_are(self) -> str:
+        """What a row of the data is called, in the plural."""
+        return "rows" if self.unpaired else "pairs"
+
+    @property
     def estimates_kl(self) -> bool:
         """Whether the loss reads answers under the prompts of other rows."""
         return self.unpaired and UNPAIRED_LOSSES[self.loss_type[0]].shift == "kl"

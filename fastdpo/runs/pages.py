@@ -21,6 +21,7 @@ PANELS = {
     "loss": ("loss",),
     "reward margin (chosen - rejected)": ("rewards/margins",),
     "accuracy (share of pairs with margin > 0)": ("rewards/accuracies",),
+    "KL from the reference (KTO's estimate, nats)": ("kl",),
     "rewards: chosen, rejected (dashed)": ("rewards/chosen", "rewards/rejected"),
     "log-probs: chosen, rejected (dashed)": ("logps/chosen", "logps/rejected"),
     "gradient norm": ("grad_norm",),

@@ -15,7 +15,7 @@ from fastdpo.losses import (
     preference_loss,
     wpo_pair_weights,
 )
-from fastdpo.losses.table import render
+from fastdpo.losses.table import render, render_unpaired
 
 
 def log_sigmoid(x: float) -> float:
@@ -230,3 +230,5 @@ def test_the_page_of_losses_has_the_table():
     shown = text.split("<!-- rendered by python -m fastdpo.losses.table -->\n")[1].split("\n<!-- end of losses -->")[0]
     assert shown == render()
     assert all(f"| `{name}`" in shown for name in LOSSES)
+    single = text.split("losses.table: single answers -->\n")[1].split("\n<!-- end of single answers -->")[0]
+    assert single == render_unpaired()

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from trl_runs import STEPS, train
 
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.training.trainer import DPOTrainer
-from tests.support.trl_runs import STEPS, train
 
 trl = pytest.importorskip("trl")
 

@@ -120,13 +120,14 @@ class Session:
             return ""
         saved = "adapter" if self.adapter else "model"
         files = args.metric_files and self.report.files.lost() is None
-        return result_text(trainer.state, str(args.output_dir), self._pairs_trained(), saved, files) + "\n"
+        rows = f"{self._pairs_trained()} {args.rows_are}"
+        return result_text(trainer.state, str(args.output_dir), rows, saved, files) + "\n"
 
     def _introduce(self) -> None:
         if not self.main:
             return
         trainer = self.trainer
-        say("first pair as it is trained on:")
+        say(f"first {self.args.rows_are[:-1]} as it is trained on:")
         say(example_pair(self.tokenizer, trainer.data_collator, next(iter(cast(Any, self.pairs)))))
         stale = [name for name in ("model.safetensors", "adapter_model.safetensors") if self._is_stale(name)]
         if stale:

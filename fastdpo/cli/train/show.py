@@ -17,6 +17,7 @@ _LINE = {
     "loss": ("loss", "{:.4f}"),
     "rewards/margins": ("margin", "{:+.4f}"),
     "rewards/accuracies": ("accuracy", "{:.2f}"),
+    "kl": ("KL", "{:.3g}"),
     "grad_norm": ("grad norm", "{:.3g}"),
     "tokens_per_second": ("tokens/s", "{:.0f}"),
     "learning_rate": ("lr", "{:.2g}"),
@@ -68,18 +69,22 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def result_text(state: Any, output_dir: str, pairs: int, saved: str, with_metric_files: bool = True) -> str:
-    """The few lines that end a run: what changed, and where the files are. `state`: the trainer's."""
+def result_text(state: Any, output_dir: str, data: str, saved: str, with_metric_files: bool = True) -> str:
+    """The few lines that end a run: what changed, and where the files are.
+
+    state: the trainer's. data: what was trained on (`200 pairs`).
+    """
     rows = metric_rows(state.log_history)
     train = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
     run = next((record for record in reversed(state.log_history) if "train_runtime" in record), {})
-    lines = [f"trained to step {state.global_step} on {pairs} pairs in {run.get('train_runtime', math.nan):.0f} s"]
+    lines = [f"trained to step {state.global_step} on {data} in {run.get('train_runtime', math.nan):.0f} s"]
     for what, prefix, rows in (("train", "", train), ("held out", "eval_", evals)):
         if rows:
             first, last = rows[0], rows[-1]
             when = f"step {last['step']}" if first is last else f"step {first['step']} -> {last['step']}"
-            changes = (_change(first, last, prefix + name, *form) for name, form in _CHANGES.items())
+            shown = {name: form for name, form in _CHANGES.items() if prefix + name in first or prefix + name in last}
+            changes = (_change(first, last, prefix + name, *form) for name, form in shown.items())
             lines.append(f"{what}, {when}: {', '.join(changes)}")
     lines.append(f"{saved} and tokenizer: {output_dir}")
     if with_metric_files:

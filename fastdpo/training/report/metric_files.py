@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastdpo.files import METRICS_FOLDER, plain_json
 from fastdpo.json_text import read_json
-from fastdpo.losses import LossOptions
+from fastdpo.losses import LossOptions, UnpairedOptions
 from fastdpo.training.report.metrics import LOGGED
 from fastdpo.training.report.patient_files import PatientFiles
 from fastdpo.versions import installed_versions
@@ -48,7 +48,7 @@ NOT_RUNTIME = LOGGED | {"step", "epoch", "total_flos"}
 DRAW_EVERY = 30.0
 # what tells two runs apart: all that changes the weights that come out
 ESSENTIALS = (
-    *(option.name for option in fields(LossOptions)),
+    *dict.fromkeys(option.name for kind in (LossOptions, UnpairedOptions) for option in fields(kind)),
     *("max_length", "max_prompt_length", "max_completion_length", "truncation_mode", "on_overlong", "scored_turns"),
     *("router_aux_loss_coef", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "disable_dropout"),
     *("batch_layout", "max_tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -129,8 +129,11 @@ def _run_record(path: Path) -> dict[str, Any] | None:
         return None
 
 
+_ACCURACY = "accuracy (share of pairs with margin > 0)"
+
+
 def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
-    """Four panels as a PNG: loss, reward margin, accuracy, chosen and rejected reward.
+    """Four panels as a PNG: loss, reward margin, accuracy (of KTO its KL), chosen and rejected reward.
 
     Dots are evaluations; the shade around the margin is from the pairs' 10% to their 90% quantile.
     """
@@ -139,10 +142,12 @@ def curves_png(log_history: Iterable[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     rows = metric_rows(log_history)
+    kto = any("kl" in row or "eval_kl" in row for row in rows)
+    accuracy = {"KL from the reference (nats)": ("kl",)} if kto else {_ACCURACY: ("rewards/accuracies",)}
     panels = {
         "loss": ("loss",),
         "reward margin (chosen - rejected)": ("rewards/margins",),
-        "accuracy (share of pairs with margin > 0)": ("rewards/accuracies",),
+        **accuracy,
         "rewards": ("rewards/chosen", "rewards/rejected"),
     }
     figure = Figure(figsize=(11, 7), layout="constrained")

@@ -15,7 +15,7 @@ from peft import PeftModel
 from fastdpo.config.dpo_config import DPOConfig
 from fastdpo.escaping import markdown_code, markdown_fence, markdown_text
 from fastdpo.files import write_atomic
-from fastdpo.losses import LossOptions
+from fastdpo.losses import UNPAIRED_LOSSES, LossOptions, UnpairedOptions
 from fastdpo.models.adapters import trained_adapter
 from fastdpo.versions import installed_versions
 
@@ -25,6 +25,8 @@ METRICS = (
     "loss",
     "rewards/margins",
     "rewards/accuracies",
+    "kl",
+    "delta",
     "rewards/chosen",
     "rewards/rejected",
     "logps/chosen",
@@ -66,7 +68,9 @@ class Card:
                 "datasets": [name for name in self.data if "/" in name and on_hub(name)] or None,
                 "model_name": self.name,
                 "pipeline_tag": "text-generation",
-                "tags": list(dict.fromkeys(["dpo", "fastdpo", *(["lora"] if self.is_adapter else []), *self.tags])),
+                "tags": list(
+                    dict.fromkeys([_tag(self.args), "fastdpo", *(["lora"] if self.is_adapter else []), *self.tags])
+                ),
                 **self.extra,
             }
         )
@@ -75,8 +79,7 @@ class Card:
         parts = [
             f"---\n{matter.to_yaml()}\n---\n{_TITLE}\n",
             f"# {markdown_text(self.name)}\n",
-            f"{what[0].upper()}{what[1:]}, trained on preference pairs with Direct Preference Optimization "
-            "([arXiv:2305.18290](https://arxiv.org/abs/2305.18290)) by fastdpo.\n",
+            f"{what[0].upper()}{what[1:]}, trained on {_method(self.args)} by fastdpo.\n",
             markdown_fence(
                 "from transformers import pipeline\n\ngenerator = pipeline("
                 f'"text-generation", model={json.dumps(self.args.hub_model_id or self.args.output_dir)})',
@@ -96,20 +99,20 @@ class Card:
         args = self.args
         weights = args.loss_weights or [1.0] * len(args.loss_type)
         losses = [f"{w:g} x {name}" if w != 1 else name for name, w in zip(args.loss_type, weights, strict=True)]
-        plain = {option.name: option.default for option in fields(LossOptions)}
+        plain = {option.name: option.default for kind in (LossOptions, UnpairedOptions) for option in fields(kind)}
         shown = ("loss_type", "loss_weights", "beta")
         others = {name: getattr(args, name) for name, default in plain.items() if name not in shown}
         parts = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
         schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         return {
             "data": ", ".join(self.data) or "given in Python",
-            **({} if self.pairs is None else {"pairs": f"{self.pairs:,}"}),
+            **({} if self.pairs is None else {args.rows_are: f"{self.pairs:,}"}),
             "loss": " + ".join(losses),
             "beta": f"{args.beta:g}",
             **{name: f"{value}" for name, value in others.items() if value != plain[name]},
             "reference": self.reference,
             "steps": f"{self.steps:,}",
-            "pairs a step": f"{math.prod(parts)} ({parts[0]} x {parts[1]} accumulated x {parts[2]} processes)",
+            f"{args.rows_are} a step": "{} ({} x {} accumulated x {} processes)".format(math.prod(parts), *parts),
             "learning rate": f"{args.learning_rate:g}, {schedule}",
             "max_length": f"{args.max_length}",
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -191,6 +194,19 @@ def hub_names(dataset: Any) -> list[str]:
     sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     matches = (re.match(r"hf://datasets/([^@]+)@", source) for source in sources)
     return list(dict.fromkeys(match[1] for match in matches if match))
+
+
+def _tag(args: DPOConfig) -> str:
+    return args.loss_type[0] if args.unpaired else "dpo"
+
+
+def _method(args: DPOConfig) -> str:
+    """What it was trained on and with, with the paper."""
+    if args.unpaired:
+        rows, name, paper = "answers with a label", args.loss_type[0].upper(), UNPAIRED_LOSSES[args.loss_type[0]].paper
+    else:
+        rows, name, paper = "preference pairs", "Direct Preference Optimization", "arXiv:2305.18290"
+    return f"{rows} with {name} ([{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')}))"
 
 
 def _number(value: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.config.dpo_config import DPOConfig
+from fastdpo.wording import count
 
 # where the sentence is found on the error
 SENTENCE = "fastdpo_sentence"
@@ -33,7 +34,7 @@ _ELSEWHERE = {
     "rest": "between two steps",
 }
 # what is read of a batch
-_SHAPES = ("input_ids", "offsets", "lengths", "attention_mask")
+_SHAPES = ("input_ids", "offsets", "lengths", "attention_mask", "label")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -134,15 +135,15 @@ class MemoryWatch:
 
     def _shapes(self) -> str:
         """`4 pairs (8 sequences, the longest of 512 tokens; layout padded: 8 x 512 tokens)`."""
-        pairs, longest = self._pairs(), self._longest()
+        pairs, longest, noun = self._pairs(), self._longest(), self.args.rows_are[:-1]
         rows = " x ".join(f"{size:,}" for size in self._batch["input_ids"].shape)
         return (
-            f"{pairs:,} pair{'' if pairs == 1 else 's'} ({2 * pairs:,} sequences, the longest of {longest:,} tokens; "
+            f"{count(pairs, noun)} ({len(self._batch['offsets']) - 1:,} sequences, the longest of {longest:,} tokens; "
             f"layout {self._layout}: {rows} tokens)"
         )
 
     def _pairs(self) -> int:
-        return (len(self._batch["offsets"]) - 1) // 2
+        return (len(self._batch["offsets"]) - 1) // (1 if "label" in self._batch else 2)
 
     def _longest(self) -> int:
         lengths: Tensor = self._batch["lengths"] if "lengths" in self._batch else self._batch["attention_mask"]
