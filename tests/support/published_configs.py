@@ -381,7 +381,7 @@ dataset_name: DATA
         _rows(instruct),
     ),
 }
-# what a run says: the step that it ends at, its pairs (rows of single answers), and the first loss; kto: half of the rows count 0.2
+# what a run says: the step that it ends at, its pairs (or rows), and the first loss (kto: half of the rows count 0.2)
 RESULTS = {
     "axolotl dpo lora": (2, 6, "0.6931"),
     "axolotl ipo intel": (2, 8, "25.0000"),
